@@ -1,0 +1,65 @@
+"""Stub of the extension module; a test keeps it equal to what the module exports."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+class Contraction:
+    """A validated sparsity pattern of one Linear or Conv layer, lowered for this CPU on first use.
+
+    Tensors come as addresses with element strides in the order (batch, channel, depth, height, width).
+    Activation dtypes: 0 float32, 1 float64, 2 bfloat16. Values, bias and their gradients are float64
+    when the activations are, float32 otherwise. Address 0 means "absent" (bias) or "not wanted" (gradients).
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        in_channels: int,
+        groups: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        row_ptr: npt.NDArray[np.int64],
+        col_idx: npt.NDArray[np.int32],
+    ) -> None: ...
+    @property
+    def nnz(self) -> int: ...
+    @property
+    def storage_bytes(self) -> int: ...
+    def forward(
+        self,
+        dtype: int,
+        batch: int,
+        in_size: Sequence[int],
+        padding: Sequence[int],
+        out_size: Sequence[int],
+        x: int,
+        x_strides: Sequence[int],
+        values: int,
+        bias: int,
+        out: int,
+        out_strides: Sequence[int],
+    ) -> None: ...
+    def backward(
+        self,
+        dtype: int,
+        batch: int,
+        in_size: Sequence[int],
+        padding: Sequence[int],
+        out_size: Sequence[int],
+        x: int,
+        x_strides: Sequence[int],
+        values: int,
+        grad_out: int,
+        grad_out_strides: Sequence[int],
+        grad_in: int,
+        grad_in_strides: Sequence[int],
+        grad_values: int,
+        grad_bias: int,
+    ) -> None: ...
+
+def available_isas() -> tuple[str, ...]: ...
+def active_isa() -> str: ...
+def set_max_isa(name: str) -> None: ...
