@@ -31,8 +31,16 @@ CONVS = {
 
 # wrong convolution options and a part of the message
 WRONG_CONVS = {
-    "channels by groups": ((2, 5, 6, 3), {"groups": 2}, "in_channels must be divisible by groups, got 5 and 2"),
-    "outputs by groups": ((2, 4, 5, 3), {"groups": 2}, "out_channels must be divisible by groups, got 5 and 2"),
+    "channels by groups": (
+        (2, 5, 6, 3),
+        {"groups": 2},
+        "in_channels must be divisible by groups, got 5 and 2",
+    ),
+    "outputs by groups": (
+        (2, 4, 5, 3),
+        {"groups": 2},
+        "out_channels must be divisible by groups, got 5 and 2",
+    ),
     "kernel of three": ((2, 4, 4, (3, 3, 3)), {}, "kernel_size must be a number or 2 numbers"),
     "zero kernel": ((2, 4, 4, 0), {}, "kernel_size must be an integer of at least 1, got 0"),
     "zero stride": ((2, 4, 4, 3), {"stride": 0}, "stride must be an integer of at least 1, got 0"),
@@ -62,7 +70,10 @@ WRONG_CONV_INPUTS = {
     "unbatched channels": (torch.zeros(4, 5, 5), "expected (batch, 3, ...) inputs"),
     "dimensions": (torch.zeros(3, 5), "expected 3-D (unbatched) or 4-D input, got shape (3, 5)"),
     "too many dimensions": (torch.zeros(1, 1, 3, 5, 5), "expected 3-D (unbatched) or 4-D input"),
-    "smaller than the kernel": (torch.zeros(2, 3, 2, 5), "at least as large as the kernel: padded size 2 of (2, 5)"),
+    "smaller than the kernel": (
+        torch.zeros(2, 3, 2, 5),
+        "at least as large as the kernel: padded size 2 of (2, 5)",
+    ),
     "double": (torch.zeros(2, 3, 5, 5, dtype=torch.float64), "same dtype"),
 }
 
@@ -77,11 +88,23 @@ WRONG_PATTERNS = {
     "negative": (_ints(0, 1, 2), _ints(0, -1, dtype=torch.int32), "col_idx is out of range"),
     "unsorted": (_ints(0, 2, 3), _ints(2, 1, 3, dtype=torch.int32), "unsorted columns"),
     "duplicate": (_ints(0, 2, 3), _ints(1, 1, 3, dtype=torch.int32), "a duplicate column"),
-    "wide columns": (_ints(0, 1, 2), _ints(0, 1), "col_idx must be a 1-D torch.int32 tensor, got torch.int64"),
+    "wide columns": (
+        _ints(0, 1, 2),
+        _ints(0, 1),
+        "col_idx must be a 1-D torch.int32 tensor, got torch.int64",
+    ),
     "float columns": (_ints(0, 1, 2), torch.tensor([0.0, 1.0]), "col_idx must be a 1-D torch.int32 tensor"),
-    "narrow pointers": (_ints(0, 1, 2, dtype=torch.int32), _ints(0, 1, dtype=torch.int32), "row_ptr must be a 1-D"),
+    "narrow pointers": (
+        _ints(0, 1, 2, dtype=torch.int32),
+        _ints(0, 1, dtype=torch.int32),
+        "row_ptr must be a 1-D",
+    ),
     "2-D": (_ints(0, 1, 2), torch.zeros(1, 2, dtype=torch.int32), "col_idx must be a 1-D"),
-    "rows": (_ints(0, 1, 2, 2), _ints(0, 1, dtype=torch.int32), "row_ptr must have rows + 1 = 3 entries, got 4"),
+    "rows": (
+        _ints(0, 1, 2, 2),
+        _ints(0, 1, dtype=torch.int32),
+        "row_ptr must have rows + 1 = 3 entries, got 4",
+    ),
     "start": (_ints(1, 1, 2), _ints(0, 1, dtype=torch.int32), "row_ptr must rise from 0 to nnz = 2"),
     "end": (_ints(0, 1, 3), _ints(0, 1, dtype=torch.int32), "row_ptr must rise from 0 to nnz = 2"),
     "falling": (_ints(0, 3, 2), _ints(0, 1, dtype=torch.int32), "row_ptr must rise from 0 to nnz = 2"),

@@ -1,11 +1,41 @@
-"""Comparing a sparse layer with its dense twin in float64, element by element, within an error budget."""
+"""Choosing an implementation, and comparing a sparse layer with its dense twin in float64, element by element, within an error budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from itertools import product
 
 import torch
+from sparseprop import backend as backends
 from torch import Tensor, nn
+
+
+def _native_isas() -> tuple[str, ...]:
+    try:
+        from sparseprop import _native
+    except ImportError:  # only under SPARSEPROP_BACKEND=reference: importing sparseprop fails otherwise
+        return ()
+    return tuple(_native.available_isas())
+
+
+BACKENDS = ("reference", *_native_isas())
+
+
+@contextmanager
+def running(name: str) -> Iterator[str]:
+    """Run with the reference loops, or with the native kernels of one instruction set."""
+    with ExitStack() as stack:
+        if name == "reference":
+            stack.enter_context(backends.use("reference"))
+        else:
+            from sparseprop import _native
+
+            before = _native.active_isa()
+            stack.enter_context(backends.use("native"))
+            stack.callback(_native.set_max_isa, before)
+            _native.set_max_isa(name)
+        yield name
+
 
 # forward, and the gradients of input, weight and bias; None where not asked for
 Results = dict[str, Tensor | None]
@@ -35,7 +65,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def run(module: nn.Module, x: Tensor, grad: Tensor | None, needs: Sequence[bool] = (True, True, True)) -> Results:
+def run(
+    module: nn.Module, x: Tensor, grad: Tensor | None, needs: Sequence[bool] = (True, True, True)
+) -> Results:
     """Output and gradients of a layer, sparse or dense; `grad` None gives ones by `sum().backward()`."""
     module = deepcopy(module)
     weight = module.weight_values if hasattr(module, "weight_values") else module.weight
@@ -68,7 +100,10 @@ def assert_right(
             parameter.abs_()
     wide = None if grad is None else grad.double()
     ours, plain = run(layer, x, grad, needs), run(dense, x, grad, needs)
-    truth, scale = run(exact, x.double(), wide, needs), run(sizes, x.double().abs(), None if wide is None else wide.abs(), needs)
+    truth, scale = (
+        run(exact, x.double(), wide, needs),
+        run(sizes, x.double().abs(), None if wide is None else wide.abs(), needs),
+    )
     for results in (plain, truth, scale):
         if results["grad_weight"] is not None:
             results["grad_weight"] = results["grad_weight"][layer.mask]
@@ -78,7 +113,9 @@ def assert_right(
             _assert_within(name, ours[name], plain[name], wanted, scale[name], slack)
 
 
-def _assert_within(name: str, ours: Tensor, dense: Tensor, truth: Tensor, scale: Tensor, slack: float) -> None:
+def _assert_within(
+    name: str, ours: Tensor, dense: Tensor, truth: Tensor, scale: Tensor, slack: float
+) -> None:
     assert ours.shape == truth.shape, f"{name} has shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
     assert ours.dtype is dense.dtype, f"{name} has dtype {ours.dtype}, not {dense.dtype}"
     error, allowed = (ours - truth).abs(), (dense - truth).abs() + slack * torch.finfo(ours.dtype).eps * scale
@@ -86,4 +123,6 @@ def _assert_within(name: str, ours: Tensor, dense: Tensor, truth: Tensor, scale:
     if excess.any():
         worst = int(excess.argmax())
         got, there, want = (tensor.flatten()[worst].item() for tensor in (ours, dense, truth))
-        raise AssertionError(f"{name}: worst of {int((excess > 0).sum())} wrong: {got}, dense {there}, exactly {want}")
+        raise AssertionError(
+            f"{name}: worst of {int((excess > 0).sum())} wrong: {got}, dense {there}, exactly {want}"
+        )

@@ -127,7 +127,9 @@ def test_from_dense_obeys_a_mask_before_a_pruning_mask_before_the_zeros():
     with torch.no_grad():
         dense.weight[0, 0] = 0
     assert SparseLinear.from_dense(dense).nnz == 31
-    assert torch.equal(SparseLinear.from_dense(dense, mask=mask).mask, mask)  # the zero inside stays trainable
+    assert torch.equal(
+        SparseLinear.from_dense(dense, mask=mask).mask, mask
+    )  # the zero inside stays trainable
     prune.l1_unstructured(dense, "weight", 0.5)
     pruned = SparseLinear.from_dense(dense)
     assert torch.equal(pruned.mask, dense.weight_mask.bool())
@@ -154,13 +156,22 @@ EYE = torch.eye(4, dtype=torch.bool)
     [
         (lambda: SparseLinear.from_dense(nn.Conv1d(2, 2, 1)), "expected a plain torch.nn.Linear, got Conv1d"),
         (lambda: SparseLinear.from_dense(nn.Bilinear(2, 2, 1)), "got Bilinear"),
-        (lambda: SparseLinear.from_dense(nn.MultiheadAttention(4, 1).out_proj), "got NonDynamicallyQuantizable"),
+        (
+            lambda: SparseLinear.from_dense(nn.MultiheadAttention(4, 1).out_proj),
+            "got NonDynamicallyQuantizable",
+        ),
         (lambda: SparseLinear.from_dense(_hooked()), "has hooks"),
         (lambda: SparseLinear.from_dense(_parametrized()), "is parametrized"),
         (lambda: SparseLinear.from_dense(nn.Linear(4, 4).half()), "float32 or float64, got torch.float16"),
         (lambda: SparseLinear.from_dense(nn.Linear(4, 4, device="meta")), "on the CPU, got meta"),
-        (lambda: SparseLinear.from_dense(LINEAR, mask=EYE.float() * float("nan")), "must be a bool tensor, got torch.f"),
-        (lambda: SparseLinear.from_dense(LINEAR, mask=EYE[:3]), "must have the weight's shape (4, 4), got (3, 4)"),
+        (
+            lambda: SparseLinear.from_dense(LINEAR, mask=EYE.float() * float("nan")),
+            "must be a bool tensor, got torch.f",
+        ),
+        (
+            lambda: SparseLinear.from_dense(LINEAR, mask=EYE[:3]),
+            "must have the weight's shape (4, 4), got (3, 4)",
+        ),
         (lambda: SparseLinear.from_dense(LINEAR, pattern="2:4"), "the weight is not 2:4: 4 groups of 4"),
         (lambda: SparseLinear.from_dense(LINEAR, pattern="4:2"), "'N:M' with 0 < N <= M"),
         (lambda: SparseLinear.from_dense(LINEAR, pattern="two"), "'N:M' with 0 < N <= M"),
@@ -168,7 +179,10 @@ EYE = torch.eye(4, dtype=torch.bool)
         (lambda: SparseLinear.from_mask(EYE, bias=torch.ones(3)), "bias must have shape (4,), got (3,)"),
         (lambda: SparseLinear.from_mask(EYE[0]), "mask must have 2 dimensions"),
         (lambda: SparseLinear.random(4, 4, density=-0.1), "density must lie between 0 and 1"),
-        (lambda: SparseLinear.random(4, 4, density=0.5, dtype=torch.float16), "float32 or torch.float64, got"),
+        (
+            lambda: SparseLinear.random(4, 4, density=0.5, dtype=torch.float16),
+            "float32 or torch.float64, got",
+        ),
         (lambda: SparseLinear(-1, 4), "in_features must be an integer of at least 0, got -1"),
         (lambda: SparseLinear(4, 4, pattern=SparsityPattern.random(4, 5, nnz=1)), "pattern must be 4 x 4"),
     ],

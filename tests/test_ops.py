@@ -116,7 +116,9 @@ def test_meta_tensors_give_shapes_without_computing():
     pattern, (x, values, bias) = operands(geometry, size)
     out = function_of(geometry, pattern)(x, values, bias)
     meta = [tensor.detach().to("meta") for tensor in (x, values, bias)]
-    indices = SparsityPattern(pattern.rows, pattern.cols, pattern.row_ptr.to("meta"), pattern.col_idx.to("meta"))
+    indices = SparsityPattern(
+        pattern.rows, pattern.cols, pattern.row_ptr.to("meta"), pattern.col_idx.to("meta")
+    )
     shape_only = function_of(geometry, indices)(*meta)
     assert (shape_only.shape, shape_only.stride(), shape_only.is_meta) == (out.shape, out.stride(), True)
 
@@ -177,7 +179,10 @@ def test_operators_are_kept_while_the_pattern_stays_the_same():
     [
         (lambda x, v, b: (x, v[:-1], b), "one entry per column index, got shapes (13,) and (14,)"),
         (lambda x, v, b: (x, v, b[:-1]), "bias must have shape (5,) and dtype torch.float64, got (4,)"),
-        (lambda x, v, b: (x, v, b.float()), "bias must have shape (5,) and dtype torch.float64, got (5,) and torch.f"),
+        (
+            lambda x, v, b: (x, v, b.float()),
+            "bias must have shape (5,) and dtype torch.float64, got (5,) and torch.f",
+        ),
         (lambda x, v, b: (x.long(), v, b), "same dtype, got torch.int64 and torch.float64"),
         (lambda x, v, b: (x, v.half(), b), "float32 or float64, got weight values of torch.float16"),
         (lambda x, v, b: (x.bfloat16(), v.bfloat16(), b), "got weight values of torch.bfloat16"),

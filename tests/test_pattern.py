@@ -96,20 +96,35 @@ def test_wrong_indices_are_refused_by_what_is_wrong(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SparsityPattern.from_mask(torch.rand(3, 3)), "mask must be a bool tensor, got torch.float32"),
+        (
+            lambda: SparsityPattern.from_mask(torch.rand(3, 3)),
+            "mask must be a bool tensor, got torch.float32",
+        ),
         (lambda: SparsityPattern.from_mask(torch.tensor(True)), "at least one dimension"),
         (lambda: SparsityPattern.random(3, 3), "exactly one of density and nnz"),
         (lambda: SparsityPattern.random(3, 3, density=1.5), "density must lie between 0 and 1, got 1.5"),
-        (lambda: SparsityPattern.random(3, 3, density=float("nan")), "density must lie between 0 and 1, got nan"),
+        (
+            lambda: SparsityPattern.random(3, 3, density=float("nan")),
+            "density must lie between 0 and 1, got nan",
+        ),
         (lambda: SparsityPattern.random(3, 3, nnz=10), "between 0 and rows * cols = 9, got 10"),
         (lambda: SparsityPattern.random(1, 2**31, nnz=1), "a row may have at most 2147483647 columns"),
         (
             lambda: SparsityPattern.from_coo(torch.tensor([0, 0]), torch.tensor([1, 1]), (2, 2)),
             "coordinates must be unique",
         ),
-        (lambda: SparsityPattern.from_coo(torch.tensor([2]), torch.tensor([1]), (2, 2)), "row_idx is out of range"),
-        (lambda: SparsityPattern.from_coo(torch.tensor([0.5]), torch.tensor([1]), (2, 2)), "row_idx must be a 1-D"),
-        (lambda: SparsityPattern.from_coo(torch.tensor([0]), torch.tensor([1, 0]), (2, 2)), "equally long, got 1 and 2"),
+        (
+            lambda: SparsityPattern.from_coo(torch.tensor([2]), torch.tensor([1]), (2, 2)),
+            "row_idx is out of range",
+        ),
+        (
+            lambda: SparsityPattern.from_coo(torch.tensor([0.5]), torch.tensor([1]), (2, 2)),
+            "row_idx must be a 1-D",
+        ),
+        (
+            lambda: SparsityPattern.from_coo(torch.tensor([0]), torch.tensor([1, 0]), (2, 2)),
+            "equally long, got 1 and 2",
+        ),
         (
             lambda: SparsityPattern.from_csr(torch.tensor([0, 1]), torch.tensor([2**33]), 2**30),
             "col_idx is out of range",
