@@ -28,7 +28,7 @@ class Facts:
         kind: class name of the dense layer.
         rows, cols: shape of the weight, everything after its first dimension flattened.
         groups: 1 for ``Linear``.
-        kernel, stride, padding, dilation: one number per spatial dimension; empty for ``Linear``.
+        kernel, stride, padding, dilation, padding_mode: as in the torch module; empty for ``Linear``.
     """
 
     kind: str
@@ -39,6 +39,7 @@ class Facts:
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
 
     @property
     def in_features(self) -> int:
@@ -65,6 +66,7 @@ def facts(module: nn.Module) -> Facts:
         tuple(module.stride),
         module.padding if isinstance(module.padding, str) else tuple(module.padding),
         tuple(module.dilation),
+        module.padding_mode,
     )
 
 

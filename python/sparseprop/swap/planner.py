@@ -14,7 +14,7 @@ from sparseprop.swap.measure import InputSpec, Measurements, capture
 from sparseprop.swap.plan import LayerPlan, SwapPlan
 from sparseprop.timing import Timer, compare
 
-__all__ = ["CLEARLY_FASTER", "check_min_sparsity", "plan"]
+__all__ = ["CLEARLY_FASTER", "Planner", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,10 @@ def plan(
     >>> [layer.choice for layer in sparseprop.plan(model, min_sparsity=0.8)]
     ['sparse', 'dense']
     """
-    return _Planner(min_sparsity, filter_fn, measure, compare).plan(model, example_input)
+    return Planner(min_sparsity, filter_fn, measure).plan(model, example_input)
 
 
-def check_min_sparsity(value: object) -> None:
-    """Raises SparsePropError unless `value` is None or a number from 0 to 1."""
+def _check_min_sparsity(value: object) -> None:
     if value is None:
         return
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
@@ -67,14 +66,17 @@ def check_min_sparsity(value: object) -> None:
 
 
 @dataclass(frozen=True)
-class _Planner:
-    min_sparsity: float | None
-    filter_fn: FilterFn | None
-    measure: bool
-    timer: Timer
+class Planner:
+    """The options of `plan`, and the `timer` that measures."""
 
-    def plan(self, model: nn.Module, example_input: object) -> SwapPlan:
-        check_min_sparsity(self.min_sparsity)
+    min_sparsity: float | None = None
+    filter_fn: FilterFn | None = None
+    measure: bool = True
+    timer: Timer = compare
+
+    def plan(self, model: nn.Module, example_input: object = None) -> SwapPlan:
+        """As the function `plan`."""
+        _check_min_sparsity(self.min_sparsity)
         candidates = survey(check_model(model, "plan"), self.filter_fn)
         specs: dict[int, InputSpec] = {}
         if example_input is not None and self.min_sparsity is None:
