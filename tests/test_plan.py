@@ -5,14 +5,6 @@ import json
 
 import pytest
 import torch
-from swap_cases import (
-    SKIPPED,
-    WRAPPED,
-    FakeTimer,
-    TwoLayers,
-    small_cnn,
-    sparsify,
-)
 from torch import nn
 from torch.nn.utils import prune
 
@@ -22,7 +14,16 @@ from sparseprop.swap import LayerPlan, SwapPlan
 from sparseprop.swap.cost import estimate, keep_dense_rule
 from sparseprop.swap.decide import survey
 from sparseprop.swap.kinds import Facts
+from sparseprop.swap.measure import InputSpec, capture
 from sparseprop.swap.planner import Planner, plan
+from swap_cases import (
+    SKIPPED,
+    WRAPPED,
+    FakeTimer,
+    TwoLayers,
+    small_cnn,
+    sparsify,
+)
 
 ENTRY = LayerPlan("fc", "Linear", (10, 20), 0.9, "sparse", 1.0, 0.25, "measured")
 PLAN = SwapPlan((ENTRY, LayerPlan("", "Conv2d", (8, 4, 3, 3), None, "dense", None, None, "x")))
@@ -44,10 +45,23 @@ def test_a_plan_is_a_frozen_sequence():
 
 def test_a_plan_prints_as_an_aligned_table():
     lines = str(PLAN).splitlines()
-    assert lines[0].split() == "layer kind shape sparsity choice dense ms sparse ms reason".split()
-    assert lines[1].split() == "fc Linear 10x20 90.0 % sparse 1.000 0.250 measured".split()
-    assert lines[2].split() == "(model) Conv2d 8x4x3x3 - dense - - x".split()
-    assert len({line.index(word) for line, word in zip(lines, ("reason", "measured", "x"), strict=False)}) == 2
+    assert lines[0].split() == [
+        "layer",
+        "kind",
+        "shape",
+        "sparsity",
+        "choice",
+        "dense",
+        "ms",
+        "sparse",
+        "ms",
+        "reason",
+    ]
+    assert lines[1].split() == ["fc", "Linear", "10x20", "90.0", "%", "sparse", "1.000", "0.250", "measured"]
+    assert lines[2].split() == ["(model)", "Conv2d", "8x4x3x3", "-", "dense", "-", "-", "x"]
+    assert (
+        len({line.index(word) for line, word in zip(lines, ("reason", "measured", "x"), strict=False)}) == 2
+    )
     assert lines[0].index("reason") == lines[1].index("measured") == lines[2].rindex("x")
     assert lines[-1] == "1 of 2 layers become sparse"
 
@@ -288,24 +302,22 @@ def test_a_failing_example_leaves_no_hooks_and_no_changes():
 def test_what_is_measured_is_what_will_run(enabled):
     timer = FakeTimer(dense=1.0, sparse=0.5)
     model = nn.Sequential(sparsify(nn.Linear(8, 8), 0.5))
-    backward = []
-    model[0].weight.register_hook  # noqa: B018  # the layer itself is not timed, its two forms are
     with torch.set_grad_enabled(enabled):
-        from sparseprop.swap.measure import capture
-
         spec = capture(model, torch.ones(4, 8).T.contiguous().T, [model[0]])[id(model[0])]
         Planner(timer=timer).plan(model, torch.ones(4, 8))
     assert spec.grad_enabled == enabled
     assert (spec.shape, spec.strides) == ((4, 8), (1, 4))
-    assert not backward
 
 
 def test_inputs_are_rebuilt_with_their_strides():
-    from sparseprop.swap.measure import InputSpec
-
     for strides in [(8, 1), (1, 4), (0, 1), (16, 2)]:
         x = InputSpec((4, 8), strides, torch.float64, True, True).make()
-        assert (tuple(x.shape), x.stride(), x.dtype, x.requires_grad) == ((4, 8), strides, torch.float64, True)
+        assert (tuple(x.shape), x.stride(), x.dtype, x.requires_grad) == (
+            (4, 8),
+            strides,
+            torch.float64,
+            True,
+        )
 
 
 def test_measuring_for_real_works_on_every_kind():

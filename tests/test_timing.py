@@ -37,7 +37,13 @@ def test_medians_and_ratio_are_those_of_the_steps():
 
 def test_candidates_run_twice_unmeasured_then_in_turn():
     clock = FakeClock()
-    compare({"a": clock.step("a", 1), "b": clock.step("b", 1)}, clock=clock, budget_s=100, max_rounds=3)
+    compare(
+        {"a": clock.step("a", 1), "b": clock.step("b", 1)},
+        clock=clock,
+        budget_s=100,
+        min_rounds=1,
+        max_rounds=3,
+    )
     assert "".join(clock.order) == "aabb" + "ab" + "ba" + "ab"
 
 

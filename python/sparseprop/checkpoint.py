@@ -88,7 +88,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             sparse layer are incomplete, negative, unsorted or do not fit its values.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
         header = json.loads(metadata.pop(_HEADER, "{}"))

@@ -193,4 +193,5 @@ def _sparsity(module: nn.Module) -> float | None:
     if not weight.sum().isfinite() and not weight.isfinite().all():
         return None
     kept = module.weight_mask if is_pruned(module) else weight
-    return 1.0 - int(torch.count_nonzero(kept)) / weight.numel()
+    assert isinstance(kept, torch.Tensor)
+    return 1.0 - int(torch.count_nonzero(kept)) / int(weight.numel())

@@ -7,11 +7,10 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from sparseprop.errors import SparsePropError
-from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLinear
+from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLayer, SparseLinear
 
-__all__ = ["SPARSE_CLASS", "Facts", "SparseLayer", "facts", "is_pruned", "is_sparse", "sparse_from_dense"]
+__all__ = ["SPARSE_CLASS", "Facts", "facts", "is_pruned", "sparse_from_dense"]
 
-SparseLayer = SparseLinear | SparseConv1d | SparseConv2d | SparseConv3d
 SPARSE_CLASS: dict[type[nn.Module], type[SparseLayer]] = {
     nn.Linear: SparseLinear,
     nn.Conv1d: SparseConv1d,
@@ -68,11 +67,6 @@ def facts(module: nn.Module) -> Facts:
         tuple(module.dilation),
         module.padding_mode,
     )
-
-
-def is_sparse(module: nn.Module) -> bool:
-    """Whether `module` is one of our sparse layers."""
-    return isinstance(module, tuple(SPARSE_CLASS.values()))
 
 
 def is_pruned(module: nn.Module) -> bool:

@@ -135,7 +135,7 @@ def measure_layer(layer: nn.Module, name: str, spec: InputSpec, timer: Timer) ->
     elif isinstance(dense, nn.Conv3d) and x.dim() == 5:
         layouts["dense channels_last"] = torch.channels_last_3d
     for form, layout in layouts.items():
-        like = copy.deepcopy(dense).to(memory_format=layout)
+        like = copy.deepcopy(dense).to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
         theirs = x.detach().contiguous(memory_format=layout).requires_grad_(spec.requires_grad)
         steps[form] = module_step(like, theirs, grad=spec.grad_enabled)
     times = timer(steps)

@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from sparseprop.errors import SparsePropError
@@ -77,6 +78,10 @@ class Planner:
     def plan(self, model: nn.Module, example_input: object = None) -> SwapPlan:
         """As the function `plan`."""
         _check_min_sparsity(self.min_sparsity)
+        with torch.random.fork_rng(devices=[]):
+            return self._plan(model, example_input)
+
+    def _plan(self, model: nn.Module, example_input: object) -> SwapPlan:
         candidates = survey(check_model(model, "plan"), self.filter_fn)
         specs: dict[int, InputSpec] = {}
         if example_input is not None and self.min_sparsity is None:

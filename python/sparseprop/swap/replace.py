@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from sparseprop.errors import SparsePropError
+from sparseprop.nn import SparseLayer
 from sparseprop.swap.decide import Candidate, FilterFn, check_model, shared_memory, survey
-from sparseprop.swap.kinds import is_sparse, sparse_from_dense
+from sparseprop.swap.kinds import sparse_from_dense
 from sparseprop.swap.plan import LayerPlan, SwapPlan
 from sparseprop.swap.planner import plan as make_plan
 
@@ -105,7 +106,7 @@ def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     'Linear'
     """
     check_model(model, "to_dense")
-    sparse = {name: module for name, module in model.named_modules() if is_sparse(module)}
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     shared = shared_memory(model)
     for name, module in sparse.items():
         if id(module) in shared:
@@ -128,11 +129,11 @@ def replace_layers(
     All new layers are made before the first is placed: an error leaves the model unchanged.
     """
     new_layers: dict[int, nn.Module] = {}
-    for name, old in layers.items():
-        new = convert(old, name)
-        new.train(old.training)
-        _carry_attributes(old, new)
-        new_layers[id(old)] = new if inplace else copy.deepcopy(new)
+    with torch.random.fork_rng(devices=[]):  # layers are initialised before their values are copied in
+        for name, old in layers.items():
+            new = convert(old, name).train(old.training)
+            _carry_attributes(old, new)
+            new_layers[id(old)] = new if inplace else copy.deepcopy(new)
     if not inplace:
         # Copied around the layers that are replaced anyway: they cost no memory twice.
         return copy.deepcopy(model, {**_pruned_weights(model), **new_layers})
@@ -160,7 +161,7 @@ def _planned_modules(model: nn.Module, plan: SwapPlan) -> dict[str, nn.Module]:
 def _check_planned(layer: LayerPlan, module: nn.Module, candidate: Candidate | None) -> None:
     kind = type(module).__name__
     if kind != layer.kind or candidate is None:
-        hint = "it is swapped already" if is_sparse(module) else "plan this model anew"
+        hint = "it is swapped already" if isinstance(module, SparseLayer) else "plan this model anew"
         raise SparsePropError(f"The plan has layer {layer.name!r} as a {layer.kind}, it is a {kind}; {hint}.")
     if candidate.shape != layer.shape:
         raise SparsePropError(
@@ -175,7 +176,7 @@ def _check_planned(layer: LayerPlan, module: nn.Module, candidate: Candidate | N
 
 
 def _warn_nothing_swapped(model: nn.Module, plan: SwapPlan) -> None:
-    already = sum(is_sparse(module) for module in model.modules())
+    already = sum(isinstance(module, SparseLayer) for module in model.modules())
     if already:
         why = f"{already} layers are sparse already"
     elif not len(plan):
@@ -188,7 +189,7 @@ def _warn_nothing_swapped(model: nn.Module, plan: SwapPlan) -> None:
 
 def _carry_attributes(old: nn.Module, new: nn.Module) -> None:
     """Keep what users hung on a layer: tags both ways; hooks only back, as no layer with hooks is swapped."""
-    if is_sparse(old):
+    if isinstance(old, SparseLayer):
         for key in _RUN_HOOKS:
             setattr(new, key, getattr(old, key))
         tags = vars(old).get(_CARRIED, ())

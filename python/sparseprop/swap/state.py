@@ -1,5 +1,6 @@
 """State dicts of models with sparse layers: to the dense form and into a fresh model."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -7,15 +8,15 @@ import torch
 from torch import nn
 
 from sparseprop.errors import SparsePropError
+from sparseprop.nn import SparseLayer
 from sparseprop.pattern import SparsityPattern
 from sparseprop.swap.decide import NOT_FINITE, Candidate, check_model, survey
-from sparseprop.swap.kinds import SPARSE_CLASS, SparseLayer, is_sparse
+from sparseprop.swap.kinds import SPARSE_CLASS
 from sparseprop.swap.replace import replace_layers
 
 __all__ = ["check_patterns", "dense_state_dict", "swap_like"]
 
-_VALUES, _ROW_PTR, _COL_IDX = "weight_values", "weight_row_ptr", "weight_col_idx"
-_MAX_COLS = 2**31 - 1  # without the model the number of columns is unknown
+_VALUES, _ROW_PTR, _COL_IDX, _SHAPE = "weight_values", "weight_row_ptr", "weight_col_idx", "weight_shape"
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -27,7 +28,9 @@ def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     >>> list(dense_state_dict(sparseprop.swap_modules(dense, min_sparsity=0.0))) == before
     True
     """
-    sparse = {name: m for name, m in model.named_modules(remove_duplicate=False) if is_sparse(m)}
+    sparse = {
+        name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLayer)
+    }
     state = model.state_dict()
     metadata = OrderedDict(getattr(state, "_metadata", {}))
     dense: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -84,7 +87,7 @@ def swap_like(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, inpla
 def check_patterns(state_dict: Mapping[str, torch.Tensor]) -> None:
     """Raises SparsePropError, naming the layer, unless all sparse layers are complete and well-formed."""
     for name in _sparse_names(state_dict):
-        _pattern(name, state_dict, _MAX_COLS)
+        _pattern(name, state_dict)
 
 
 def _join(name: str, leaf: str) -> str:
@@ -104,7 +107,7 @@ def _sparse_names(state: Mapping[str, torch.Tensor]) -> list[str]:
 def _check_place(name: str, module: nn.Module | None, candidate: Candidate | None) -> None:
     if module is None:
         raise SparsePropError(f"The state dict has a sparse layer {name!r}, which the model lacks.")
-    if is_sparse(module):
+    if isinstance(module, SparseLayer):
         return
     reason = candidate.reason if candidate else "no Linear or Conv layer"
     if reason not in (None, NOT_FINITE):
@@ -114,34 +117,40 @@ def _check_place(name: str, module: nn.Module | None, candidate: Candidate | Non
         )
 
 
-def _pattern(name: str, state: Mapping[str, torch.Tensor], cols: int) -> SparsityPattern:
-    parts = [state.get(_join(name, leaf)) for leaf in (_VALUES, _ROW_PTR, _COL_IDX)]
-    values, row_ptr, col_idx = parts
-    if values is None or row_ptr is None or col_idx is None:
-        lacking = _join(name, _ROW_PTR if row_ptr is None else _COL_IDX)
-        raise SparsePropError(f"Sparse layer {name!r} is incomplete: the state dict lacks {lacking!r}.")
+def _pattern(name: str, state: Mapping[str, torch.Tensor]) -> tuple[SparsityPattern, tuple[int, ...]]:
+    """The pattern of a sparse layer in `state`, checked, and the shape of the dense weight."""
+    parts = []
+    for leaf in (_VALUES, _ROW_PTR, _COL_IDX, _SHAPE):
+        if (part := state.get(_join(name, leaf))) is None:
+            raise SparsePropError(f"Sparse layer {name!r} is incomplete: {_join(name, leaf)!r} is missing.")
+        parts.append(part)
+    values, row_ptr, col_idx, stated = parts
+    shape = tuple(stated.tolist()) if stated.dim() == 1 else ()
+    if stated.dtype is not torch.int64 or len(shape) < 2 or min(shape) < 0:
+        raise SparsePropError(f"Sparse layer {name!r} has a bad pattern: weight_shape is {stated.tolist()}.")
     if values.shape != col_idx.shape:
         raise SparsePropError(
             f"Sparse layer {name!r} has values of shape {tuple(values.shape)} for column indices of shape "
             f"{tuple(col_idx.shape)}."
         )
+    pattern = SparsityPattern(shape[0], math.prod(shape[1:]), row_ptr, col_idx)
     try:
-        return SparsityPattern.from_csr(row_ptr, col_idx, cols)
+        pattern.validate()
     except SparsePropError as error:
         raise SparsePropError(f"Sparse layer {name!r} has a bad pattern: {error}") from error
+    return pattern, shape
 
 
 def _sparse_like(old: nn.Module, name: str, state: Mapping[str, torch.Tensor]) -> SparseLayer:
-    dense = old.to_dense() if is_sparse(old) else old
-    weight = dense.weight
-    assert isinstance(weight, torch.Tensor)
-    rows, cols = weight.shape[0], weight[0].numel()
-    pattern = _pattern(name, state, cols)
-    if pattern.rows != rows:
+    dense = old.to_dense() if isinstance(old, SparseLayer) else old
+    assert isinstance(dense.weight, torch.Tensor)
+    wanted = tuple(dense.weight.shape)
+    pattern, shape = _pattern(name, state)
+    if shape != wanted:
         raise SparsePropError(
-            f"Sparse layer {name!r} has {pattern.rows} rows in the state dict, {rows} in the model."
+            f"Layer {name!r} has weight shape {shape} in the state dict, {wanted} in the model."
         )
-    sparse = SPARSE_CLASS[type(dense)].from_dense(dense, mask=pattern.to_mask().view(weight.shape))
+    sparse = SPARSE_CLASS[type(dense)].from_dense(dense, mask=pattern.to_mask().view(shape))
     bias = state.get(_join(name, "bias"))
     with torch.no_grad():
         sparse.weight_values.copy_(state[_join(name, _VALUES)])
