@@ -26,7 +26,9 @@ def available_isas() -> tuple[str, ...]:
     >>> "scalar" in available_isas() or name == "reference"
     True
     """
-    return ("reference",) if name == "reference" else tuple(import_module(_MODULES["native"]).available_isas())
+    return (
+        ("reference",) if name == "reference" else tuple(import_module(_MODULES["native"]).available_isas())
+    )
 
 
 def active_isa() -> str:
@@ -58,8 +60,8 @@ def _select(chosen: str) -> None:
 
 
 _ADVICE = {
-    "native": "sparseprop's compiled kernels are missing or do not load. Build them with `pip install .` in the "
-    "source tree (or `make dev` to work on it); SPARSEPROP_BACKEND=reference runs slow plain loops instead.",
+    "native": "sparseprop's compiled kernels are missing or do not load. Build them with `pip install .` in "
+    "the source tree (or `make dev` to work on it). SPARSEPROP_BACKEND=reference runs slow loops.",
     "reference": "The reference backend needs Numba: `pip install 'sparseprop[reference]'`.",
 }
 

@@ -54,7 +54,7 @@ class Geometry:
         groups: int = 1,
         padding_mode: str = "zeros",
     ) -> Geometry:
-        """A convolution of 1, 2 or 3 dimensions with the options of torch's modules; refuses what torch refuses."""
+        """A convolution of 1, 2 or 3 dimensions with the options of torch's modules."""
         kernel, step, spread = (
             expand(name, size, dims, 1)
             for name, size in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
@@ -123,7 +123,7 @@ class Geometry:
         return tuple(result)
 
     def to_ints(self) -> tuple[int, ...]:
-        """All of it but the padding mode as plain numbers, for operator schemas; `from_ints` is the inverse."""
+        """All of it but the padding mode as plain numbers, for operator schemas; `from_ints` inverts it."""
         flat = chain(self.kernel_size, self.stride, self.dilation, chain.from_iterable(self.padding))
         return (self.in_channels, self.out_channels, self.groups, *flat)
 
@@ -156,7 +156,9 @@ def _resolve_padding(
         return ((0, 0),) * dims
     if padding == "same":
         if any(step != 1 for step in stride):
-            raise SparsePropError(f"padding='same' needs stride 1, got stride {stride}; give numbers instead.")
+            raise SparsePropError(
+                f"padding='same' needs stride 1, got stride {stride}; give numbers instead."
+            )
         totals = [spread * (size - 1) for size, spread in zip(kernel, dilation, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
     if isinstance(padding, str):

@@ -21,8 +21,8 @@ _MAX_COLS = 2**31 - 1  # col_idx is int32
 class SparsityPattern:
     """Positions of the non-zeros of a `rows x cols` weight: CSR without values, sorted inside each row.
 
-    `row_ptr` is int64 of shape `(rows + 1,)`, `col_idx` int32 of shape `(nnz,)`; this is the order of `weight[mask]`.
-    A convolution's weight counts as `(out_channels, everything else)`. Call `validate` on data from outside.
+    `row_ptr` is int64 of shape `(rows + 1,)`, `col_idx` int32 of shape `(nnz,)`; the order is that of
+    `weight[mask]`. A convolution's weight counts as `(out_channels, everything else)`; `validate` foreign data.
 
     >>> pattern = SparsityPattern.from_mask(torch.tensor([[True, False], [True, True]]))
     >>> pattern.nnz, pattern.row_ptr.tolist(), pattern.col_idx.tolist()
@@ -36,7 +36,7 @@ class SparsityPattern:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> SparsityPattern:
-        """The pattern of a bool mask of any shape; its first dimension gives the rows. Refuses other dtypes."""
+        """The pattern of a bool mask of any shape, whose first dimension gives the rows."""
         if mask.dtype is not torch.bool:
             raise SparsePropError(f"mask must be a bool tensor, got {mask.dtype}; use e.g. `weight != 0`.")
         if mask.dim() < 1:
@@ -99,7 +99,9 @@ class SparsityPattern:
             nnz = round(density * numel)
         if nnz is None or not 0 <= nnz <= numel:
             raise SparsePropError(f"nnz must lie between 0 and rows * cols = {numel}, got {nnz}.")
-        if 2 * nnz > numel:  # drawing what to leave out is the shorter job, and a byte per entry is affordable
+        if (
+            2 * nnz > numel
+        ):  # drawing what to leave out is the shorter job, and a byte per entry is affordable
             keep = np.ones(numel, dtype=np.bool_)
             keep[_sample(numel, numel - nnz, generator)] = False
             return cls._from_flat(np.flatnonzero(keep), rows, cols)
@@ -139,7 +141,7 @@ class SparsityPattern:
         for name, index, dtype in (("row_ptr", row_ptr, torch.int64), ("col_idx", col_idx, torch.int32)):
             if index.dtype is not dtype or index.dim() != 1:
                 raise SparsePropError(
-                    f"{name} must be a 1-D {dtype} tensor, got dtype {index.dtype}, shape {tuple(index.shape)}."
+                    f"{name} must be a 1-D {dtype} tensor, got {index.dtype} of shape {tuple(index.shape)}."
                 )
         if len(row_ptr) != self.rows + 1:
             raise SparsePropError(
@@ -207,7 +209,7 @@ def _sample(high: int, count: int, generator: torch.Generator | None) -> npt.NDA
 def _check_integer(name: str, index: Tensor) -> None:
     if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
         raise SparsePropError(
-            f"{name} must be a 1-D int32 or int64 tensor, got dtype {index.dtype}, shape {tuple(index.shape)}."
+            f"{name} must be a 1-D int32 or int64 tensor, got {index.dtype} of shape {tuple(index.shape)}."
         )
 
 
@@ -216,4 +218,6 @@ def _check_range(name: str, index: Tensor, bound: int) -> None:
         return
     low, high = (int(edge) for edge in index.aminmax())
     if low < 0 or high >= bound:
-        raise SparsePropError(f"{name} is out of range: entries must lie in [0, {bound}), got {low} to {high}.")
+        raise SparsePropError(
+            f"{name} is out of range: entries must lie in [0, {bound}), got {low} to {high}."
+        )

@@ -1,4 +1,4 @@
-"""The contractions in plain serial loops (Numba), accumulating in float64: slow, short, and the truth for tests.
+"""The contractions in plain serial loops (Numba), accumulating in float64: slow, short, the truth for tests.
 
 Chosen with `SPARSEPROP_BACKEND=reference`; the interface is that of `_native.Contraction`.
 """
@@ -19,7 +19,7 @@ _FLOATS: tuple[type[Any], ...] = (np.float32, np.float64, np.uint16)  # bfloat16
 _Array = npt.NDArray[Any]
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _forward(x, values, bias, row_ptr, taps, geometry, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     groups, stride, padding = geometry
     row_span, channel_span = out.shape[1] // groups, x.shape[1] // groups
@@ -43,7 +43,7 @@ def _forward(x, values, bias, row_ptr, taps, geometry, out):  # type: ignore[no-
                                 out[n, row, od, oh, ow] += values[k] * x[n, channel, d, h, w]
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _backward(x, values, grad, row_ptr, taps, geometry, grad_x, grad_values):  # type: ignore[no-untyped-def]  # pragma: no cover
     groups, stride, padding = geometry
     row_span, channel_span = grad.shape[1] // groups, x.shape[1] // groups
@@ -114,7 +114,9 @@ class Contraction:
         kind, wide = _FLOATS[dtype], np.float64 if dtype == 1 else np.float32
         source = _load(_strided(x, kind, (batch, self._in_channels, *in_size), x_strides))
         weights = _load(_strided(values, wide, (self.nnz,), (1,)))
-        offset = _load(_strided(bias, wide, (self._out_channels,), (1,))) if bias else np.zeros(self._out_channels)
+        offset = (
+            _load(_strided(bias, wide, (self._out_channels,), (1,))) if bias else np.zeros(self._out_channels)
+        )
         result = np.empty((batch, self._out_channels, *out_size))
         geometry = (self._groups, self._stride, tuple(padding))
         _forward(source, weights, offset, self._row_ptr, self._taps, geometry, result)
@@ -160,7 +162,7 @@ def _strided(address: int, kind: type[Any], shape: Sequence[int], strides: Seque
         return np.empty(shape, kind)
     extent = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     buffer = (ctypes.c_char * (extent * size)).from_address(address)
-    return np.ndarray(shape, kind, buffer, strides=[stride * size for stride in strides])
+    return np.ndarray(shape, kind, memoryview(buffer), strides=[stride * size for stride in strides])
 
 
 def _load(memory: _Array) -> npt.NDArray[np.float64]:

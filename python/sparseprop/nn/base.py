@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -11,17 +12,17 @@ from torch.nn import Parameter
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.nn.convert import dense_source, finished_mask, require_nm
-from sparseprop.nn.state import StateMixin
+from sparseprop.nn.state import fitted
 from sparseprop.ops import Operator, apply
 from sparseprop.pattern import SparsityPattern
 
 __all__ = ["SparseLayer"]
 
 
-class SparseLayer(StateMixin, nn.Module):
+class SparseLayer(nn.Module):
     """Base of `SparseLinear` and `SparseConv1d/2d/3d`; not for direct use.
 
-    `weight_values` (nnz,) is the Parameter; `weight_row_ptr`, `weight_col_idx` and `weight_shape` are buffers.
+    `weight_values` (nnz,) is the Parameter; `weight_row_ptr`, `weight_col_idx`, `weight_shape` are buffers.
     """
 
     weight_values: Parameter
@@ -62,7 +63,7 @@ class SparseLayer(StateMixin, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw values and bias as torch's layers do, with each row's own number of non-zeros as its fan-in."""
+        """Draw values and bias as torch's layers do, with each row's number of non-zeros as its fan-in."""
         if self.weight_values.is_meta:
             return
         fan_in = self.weight_row_ptr.diff()
@@ -96,14 +97,25 @@ class SparseLayer(StateMixin, nn.Module):
             object.__setattr__(self, "_operator", operator)
         return operator
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
+        try:
+            own = fitted(self, state_dict, prefix)
+        except SparsePropError as error:
+            error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {error}")
+            return
+        super()._load_from_state_dict(own, prefix, *args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_operator": None}  # lowered again by whoever needs it
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise SparsePropError(
-                "the weight of a sparse layer is a read-only view; write to `weight_values` (the non-zeros, in the "
-                "order of `weight[mask]`), or build a layer with `from_mask` to change the pattern."
+                "the weight of a sparse layer is a read-only view; write to `weight_values` (the non-zeros, "
+                "in the order of `weight[mask]`), or use `from_mask` for another pattern."
             )
         super().__setattr__(name, value)
 
@@ -111,9 +123,7 @@ class SparseLayer(StateMixin, nn.Module):
     def pattern(self) -> SparsityPattern:
         """The pattern, sharing memory with the layer's buffers."""
         geometry = self._geometry
-        return SparsityPattern(
-            geometry.out_channels, geometry.cols, self.weight_row_ptr, self.weight_col_idx
-        )
+        return SparsityPattern(geometry.out_channels, geometry.cols, self.weight_row_ptr, self.weight_col_idx)
 
     @property
     def weight(self) -> Tensor:
@@ -149,10 +159,10 @@ class SparseLayer(StateMixin, nn.Module):
     def from_dense(cls, module: nn.Module, *, mask: Tensor | None = None, pattern: str | None = None) -> Self:
         """The sparse twin of a plain torch layer, with copies of its weights.
 
-        The pattern is `mask` (bool, the weight's shape; zeros inside it stay trainable), else the mask of
-        `torch.nn.utils.prune` if there is one, else `weight != 0`. `pattern="2:4"` (any N:M) demands in addition
-        that at most N of any M consecutive input channels are kept. Keeps `training`, `requires_grad` and dtype.
-        Refuses subclasses, parametrized layers, other devices than the CPU, and layers with hooks: a hook may
+        The pattern is `mask` (bool, zeros inside it stay trainable), else the mask of
+        `torch.nn.utils.prune` if there is one, else `weight != 0`. `pattern="2:4"` (any N:M) demands in
+        addition that at most N of M consecutive input channels are kept. Keeps `training`,
+        `requires_grad` and dtype. Refuses subclasses, parametrized layers, other devices than the CPU, and layers with hooks: a hook may
         rely on the dense weight, so remove it and register it on the result.
         """
         weight, found = dense_source(module, cls._dense_type)
@@ -207,7 +217,7 @@ class SparseLayer(StateMixin, nn.Module):
         return layer
 
     def to_dense(self) -> nn.Module:
-        """The plain torch layer with the same weights, bit for bit, and the same `training` and `requires_grad`."""
+        """The plain torch layer with the same weights, bit for bit, `training` and `requires_grad`."""
         bias = self.bias
         dense = self._dense_type(**self._options_of(self), bias=bias is not None, device="meta")
         dense.weight = Parameter(self.weight.detach(), self.weight_values.requires_grad)

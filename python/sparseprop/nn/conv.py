@@ -15,7 +15,16 @@ from sparseprop.pattern import SparsityPattern
 
 __all__ = ["SparseConv1d", "SparseConv2d", "SparseConv3d"]
 
-_OPTIONS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_OPTIONS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
 
 
 class _SparseConv(SparseLayer):
@@ -50,7 +59,11 @@ class _SparseConv(SparseLayer):
         )
         super().__init__(geometry, pattern, bias, device, dtype)
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = geometry.kernel_size, geometry.stride, geometry.dilation
+        self.kernel_size, self.stride, self.dilation = (
+            geometry.kernel_size,
+            geometry.stride,
+            geometry.dilation,
+        )
         self.padding = padding if isinstance(padding, str) else expand("padding", padding, self._dims, 0)
         self.groups, self.padding_mode = groups, padding_mode
 
@@ -140,8 +153,12 @@ class _SparseConv(SparseLayer):
             ("groups", 1),
             ("padding_mode", "zeros"),
         )
-        shown = [f"{name}={getattr(self, name)!r}" for name, usual in defaults if getattr(self, name) != usual]
-        head = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        shown = [
+            f"{name}={getattr(self, name)!r}" for name, usual in defaults if getattr(self, name) != usual
+        ]
+        head = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        )
         return ", ".join([head, *shown, self._sparsity_repr()])
 
 
@@ -159,7 +176,7 @@ class SparseConv1d(_SparseConv):
 class SparseConv2d(_SparseConv):
     """`torch.nn.Conv2d` with a sparse weight, all options included: (N, C, H, W) or (C, H, W).
 
-    A channels-last input gives a channels-last output, a batch-last one (physically C, H, W, N) a batch-last one.
+    A channels-last input gives a channels-last output; likewise batch-last (physically C, H, W, N).
 
     >>> SparseConv2d.random(4, 8, 3, density=0.5, stride=2)(torch.ones(2, 4, 9, 9)).shape
     torch.Size([2, 8, 4, 4])

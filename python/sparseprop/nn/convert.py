@@ -15,10 +15,11 @@ __all__ = ["dense_source", "finished_mask", "require_nm"]
 
 
 def dense_source(module: nn.Module, expected: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
-    """The finished dense weight of a plain layer and its `torch.nn.utils.prune` mask (bool), if it has one."""
+    """The finished dense weight of a plain layer, and its `torch.nn.utils.prune` mask if it has one."""
     if parametrize.is_parametrized(module):
         raise SparsePropError(
-            f"{type(module).__name__} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first."
+            f"{type(module).__name__} is parametrized; call "
+            "torch.nn.utils.parametrize.remove_parametrizations first."
         )
     if type(module) is not expected:
         raise SparsePropError(f"expected a plain torch.nn.{expected.__name__}, got {type(module).__name__}.")
@@ -29,7 +30,9 @@ def dense_source(module: nn.Module, expected: type[nn.Module]) -> tuple[Tensor, 
     if weight.device.type != "cpu":
         raise SparsePropError(f"the weight must be on the CPU, got {weight.device}; use `.to('cpu')` first.")
     if weight.dtype not in (torch.float32, torch.float64):
-        raise SparsePropError(f"the weight must be float32 or float64, got {weight.dtype}; use `.float()` first.")
+        raise SparsePropError(
+            f"the weight must be float32 or float64, got {weight.dtype}; use `.float()` first."
+        )
     if prune_mask is None:
         return weight.detach(), None
     return weight.detach(), prune_mask != 0
@@ -71,6 +74,6 @@ def require_nm(mask: Tensor, pattern: str) -> None:
     crowded = (by_channel.reshape(rows, -1, of).sum(-1) > kept).sum().item()
     if crowded:
         raise SparsePropError(
-            f"the weight is not {pattern}: {crowded} groups of {of} consecutive input channels keep more than "
-            f"{kept}; prune it to {pattern} first or leave `pattern` out."
+            f"the weight is not {pattern}: {crowded} groups of {of} consecutive input channels keep more "
+            f"than {kept}; prune it to {pattern} first or leave `pattern` out."
         )

@@ -54,8 +54,9 @@ class SparseLinear(SparseLayer):
     ) -> Self:
         """A layer with the pattern of a bool mask (out, in), and the values of `weight` there or fresh ones.
 
-        >>> SparseLinear.from_mask(torch.eye(3, dtype=torch.bool), weight=torch.ones(3, 3), bias=False).weight.trace()
-        tensor(3., grad_fn=<TraceBackward0>)
+        >>> mask = torch.eye(3, dtype=torch.bool)
+        >>> SparseLinear.from_mask(mask, weight=torch.ones(3, 3), bias=False)(torch.ones(3)).tolist()
+        [1.0, 1.0, 1.0]
         """
         options = {"in_features": mask.shape[-1], "out_features": mask.shape[0]}
         return cls._from_mask(options, mask, weight=weight, bias=bias, dtype=dtype)
@@ -72,7 +73,7 @@ class SparseLinear(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A layer with `round(density * in * out)` weights at random places; never builds the dense weight."""
+        """A layer with `round(density * in * out)` random weights; never builds the dense weight."""
         pattern = SparsityPattern.random(out_features, in_features, density=density, generator=generator)
         layer = cls(in_features, out_features, bias, pattern=pattern, device=device, dtype=dtype)
         if generator is not None:

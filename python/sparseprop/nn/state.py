@@ -1,16 +1,16 @@
 """State dicts of sparse layers: what is written, and what is accepted when loading.
 
-Written: `weight_values`, `weight_row_ptr`, `weight_col_idx`, `weight_shape`, `bias`. Accepted: that, with this or another
-pattern of the same shape, or the `weight` of the dense layer. All is checked before anything of the layer changes.
+Written: `weight_values`, `weight_row_ptr`, `weight_col_idx`, `weight_shape`, `bias`. Accepted: that, with this
+or another pattern of the same shape, or the `weight` of the dense layer. All is checked first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparseprop.errors import SparsePropError
 from sparseprop.pattern import SparsityPattern
@@ -18,67 +18,34 @@ from sparseprop.pattern import SparsityPattern
 if TYPE_CHECKING:
     from sparseprop.nn.base import SparseLayer
 
-__all__ = ["StateMixin"]
+__all__ = ["fitted"]
 
 _INDEX_KEYS = ("weight_row_ptr", "weight_col_idx")
 
 
-class _Loader(Protocol):
-    def __call__(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None: ...
+def fitted(layer: SparseLayer, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The layer's entries of a state dict, in the layer's own terms; makes room for them in the layer.
 
-
-class StateMixin(nn.Module):
-    """Loading for `SparseLayer`."""
-
-    def _load_from_state_dict(
-        self: SparseLayer,  # type: ignore[misc]
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        own = {key[len(prefix) :]: entry for key, entry in state_dict.items() if key.startswith(prefix)}
-        try:
-            if "weight" in own and "weight_values" not in own:
-                own = _gathered(self, own)
-            pattern = _checked(self, own)
-        except SparsePropError as error:
-            error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {error}")
-            return
-        if pattern is not None:
-            _resize(self, pattern)
-        super()._load_from_state_dict(  # type: ignore[misc]
-            {prefix + key: entry for key, entry in own.items()},
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+    Raises SparsePropError before it changes anything if they do not fit.
+    """
+    own = {key[len(prefix) :]: entry for key, entry in state_dict.items() if key.startswith(prefix)}
+    if "weight" in own and "weight_values" not in own:
+        own = _gathered(layer, own)
+    pattern = _checked(layer, own)
+    if pattern is not None:
+        _resize(layer, pattern)
+    return {prefix + key: entry for key, entry in own.items()}
 
 
 def _gathered(layer: SparseLayer, own: dict[str, Any]) -> dict[str, Any]:
-    """A dense layer's entries as this layer's: the weight at the pattern, which must hold all its non-zeros."""
+    """A dense layer's entries as this layer's: the weight at the pattern, zero elsewhere."""
     weight, shape = own["weight"], layer._geometry.weight_shape
     if weight.shape != shape:
         raise SparsePropError(f"weight must have shape {shape}, got {tuple(weight.shape)} in the state dict.")
     if layer.weight_col_idx.is_meta:
         raise SparsePropError(
-            "a dense weight cannot be loaded into a layer on the meta device, whose pattern is not known; build "
-            "the layer with `from_dense` or load a sparse state dict with assign=True."
+            "a dense weight cannot be loaded into a layer on the meta device, whose pattern is not known; "
+            "build the layer with `from_dense` or load a sparse state dict with assign=True."
         )
     values = weight.detach().reshape(-1)[layer.pattern.flat_index().to(weight.device)]
     outside = int(weight.count_nonzero()) - int(values.count_nonzero())
@@ -104,7 +71,9 @@ def _checked(layer: SparseLayer, own: dict[str, Any]) -> SparsityPattern | None:
     pattern = None
     if found:
         if len(found) == 1:
-            raise SparsePropError(f"the state dict has {found[0]} only; a pattern needs both of {_INDEX_KEYS}.")
+            raise SparsePropError(
+                f"the state dict has {found[0]} only; a pattern needs both of {_INDEX_KEYS}."
+            )
         row_ptr, col_idx = own["weight_row_ptr"], own["weight_col_idx"]
         pattern = SparsityPattern(layer._geometry.out_channels, layer._geometry.cols, row_ptr, col_idx)
         pattern.validate()
@@ -138,7 +107,7 @@ def _same(one: SparsityPattern, other: SparsityPattern) -> bool:
 
 
 def _resize(layer: SparseLayer, pattern: SparsityPattern) -> None:
-    """Make room for another pattern's entries; the Parameter stays the same object, for the optimizer's sake."""
+    """Make room for another pattern's entries; the Parameter stays the same object."""
     if pattern.nnz == layer.nnz:
         return
     values = layer.weight_values

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
-from sparseprop.ops import traced
-from sparseprop.ops.eager import Forward
+from sparseprop.ops import eager, traced
 from sparseprop.ops.operator import DTYPE_CODES, Operator, operator_for
 
 __all__ = ["Operator", "apply", "operator_for", "sparse_conv", "sparse_linear"]
@@ -39,7 +38,12 @@ def sparse_linear(
 
 
 def sparse_conv(
-    x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, geometry: Geometry, bias: Tensor | None = None
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    geometry: Geometry,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The convolution of `x`, shape (N, C, ...) or (C, ...), with a sparse weight.
 
@@ -63,7 +67,7 @@ def apply(
     geometry: Geometry,
     operator: Operator | None,
 ) -> Tensor:
-    """Any sparse layer on any input; `operator` is one made from these index tensors, if the caller keeps it."""
+    """Any sparse layer on any input; `operator` is one made from these index tensors, if at hand."""
     if geometry.dims:
         if x.dim() == geometry.dims + 1:
             batch = x.unsqueeze(0)
@@ -73,7 +77,8 @@ def apply(
             geometry = geometry.without_padding()
     x = _check(x, values, bias, col_idx, geometry)
     if is_compiling() or type(x) not in _PLAIN_TYPES or not x.is_cpu:
-        return traced.contract(x, values, bias, row_ptr, col_idx, geometry.to_ints())
+        result: Tensor = traced.contract(x, values, bias, row_ptr, col_idx, geometry.to_ints())
+        return result
     if operator is None:
         operator = operator_for(geometry, row_ptr, col_idx)
     # forward-mode tangents are invisible to the kernels: let autograd refuse them rather than drop them
@@ -81,7 +86,7 @@ def apply(
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     )
     if tracked or forward_ad._current_level >= 0:
-        return Forward.apply(x, values, bias, operator)  # type: ignore[no-any-return]
+        return eager.contract(x, values, bias, operator)
     return operator.forward(x, values, bias)
 
 
@@ -116,8 +121,8 @@ def _refuse(x: Tensor, values: Tensor, bias: Tensor | None, col_idx: Tensor, geo
     shape, channels = tuple(x.shape), geometry.in_channels
     if values.dtype not in (torch.float32, torch.float64):
         raise SparsePropError(
-            f"sparse layers compute in float32 or float64, got weight values of {values.dtype}; use `.float()`, "
-            "and torch.autocast for bfloat16 activations."
+            f"sparse layers compute in float32 or float64, got weight values of {values.dtype}; use "
+            "`.float()`, and torch.autocast for bfloat16 activations."
         )
     if x.device != values.device or not (x.is_cpu or x.is_meta):
         raise SparsePropError(
@@ -126,8 +131,8 @@ def _refuse(x: Tensor, values: Tensor, bias: Tensor | None, col_idx: Tensor, geo
         )
     if x.dtype is not values.dtype:
         raise SparsePropError(
-            f"input and weight values must have the same dtype, got {x.dtype} and {values.dtype}; cast the input "
-            f"with `.to({values.dtype})` or use torch.autocast('cpu') for bfloat16."
+            f"input and weight values must have the same dtype, got {x.dtype} and {values.dtype}; cast the "
+            f"input with `.to({values.dtype})` or use torch.autocast('cpu') for bfloat16."
         )
     if geometry.dims and x.dim() != geometry.dims + 2:
         raise SparsePropError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.autograd import Function
 from sparseprop.ops.layout import PLAIN
 from sparseprop.ops.operator import Operator
 
-__all__ = ["Backward", "Forward"]
+__all__ = ["contract", "contract_backward"]
 
 
 class Forward(Function):
@@ -26,14 +27,16 @@ class Forward(Function):
         return operator.forward(x, values, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if not torch.is_grad_enabled():
             return (*ctx.operator.backward(grad, x, values, ctx.shape, ctx.layout, needs), None)
         grad_x = grad_values = grad_bias = None
         if needs[0] or needs[1]:
-            grad_x, grad_values = Backward.apply(grad, x, values, ctx.operator, ctx.shape, ctx.layout, needs)
+            grad_x, grad_values = contract_backward(
+                grad, x, values, ctx.operator, ctx.shape, ctx.layout, needs
+            )
         if needs[2]:
             grad_bias = ctx.operator.sum_channels(grad)
         return grad_x, grad_values, grad_bias, None
@@ -59,7 +62,7 @@ class Backward(Function):
         return operator.backward(grad, x, values, shape, layout, (needs[0], needs[1], False))[:2]
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_of_x: Tensor | None, grad_of_values: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grad, x, values = ctx.saved_tensors
@@ -67,15 +70,23 @@ class Backward(Function):
         d_grad = d_x = d_values = None
         if grad_of_x is not None:
             if needs[0]:
-                d_grad = Forward.apply(grad_of_x, values, None, operator)
+                d_grad = contract(grad_of_x, values, None, operator)
             if needs[2]:
                 wanted = (False, True, False)
-                _, d_values = Backward.apply(grad, grad_of_x, None, operator, ctx.shape, ctx.layout, wanted)
+                _, d_values = contract_backward(
+                    grad, grad_of_x, None, operator, ctx.shape, ctx.layout, wanted
+                )
         if grad_of_values is not None:
             if needs[0]:
-                term = Forward.apply(x, grad_of_values, None, operator)
+                term = contract(x, grad_of_values, None, operator)
                 d_grad = term if d_grad is None else d_grad + term
             if needs[1]:
                 wanted = (True, False, False)
-                d_x, _ = Backward.apply(grad, None, grad_of_values, operator, ctx.shape, ctx.layout, wanted)
+                d_x, _ = contract_backward(
+                    grad, None, grad_of_values, operator, ctx.shape, ctx.layout, wanted
+                )
         return d_grad, d_x, d_values, None, None, None, None
+
+
+contract = cast("Callable[[Tensor, Tensor, Tensor | None, Operator], Tensor]", Forward.apply)
+contract_backward = cast("Callable[..., tuple[Tensor | None, Tensor | None]]", Backward.apply)

@@ -1,7 +1,7 @@
 """How activations lie in memory, as five element strides (batch, channel, depth, height, width).
 
-Three layouts are handed on: plain (torch's contiguous), channels-last, and batch-last (physical C, D, H, W, N; for
-Linear: feature-major). Sizes and strides are lifted to three spatial dimensions; a Linear layer has none of them.
+Three are handed on: plain (contiguous), channels-last, and batch-last (physical C, D, H, W, N;
+for Linear: feature-major). Sizes and strides are lifted to three spatial dimensions; a Linear layer has none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BATCH_LAST", "CHANNELS_LAST", "PLAIN", "collapse", "empty_conv", "empty_linear", "layout_of", "lift"]
+__all__ = [
+    "BATCH_LAST",
+    "CHANNELS_LAST",
+    "PLAIN",
+    "collapse",
+    "empty_conv",
+    "empty_linear",
+    "layout_of",
+    "lift",
+]
 
 PLAIN, CHANNELS_LAST, BATCH_LAST = range(3)
 Five = tuple[int, int, int, int, int]
@@ -52,7 +61,7 @@ def empty_conv(shape: Sequence[int], size: Sequence[int], layout: int, like: Ten
 
 
 def empty_linear(shape: Sequence[int], batch: int, layout: int, like: Tensor) -> tuple[Tensor, Five]:
-    """An uninitialised (..., features) tensor, plain or feature-major, and its strides with one batch dimension."""
+    """An uninitialised (..., features) tensor, plain or feature-major, and its strides with one batch."""
     if layout == PLAIN:
         return like.new_empty(shape), (shape[-1], 1, 0, 0, 0)
     strides, step = [batch], 1

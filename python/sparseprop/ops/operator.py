@@ -1,4 +1,4 @@
-"""An operator: one pattern with one geometry, lowered for the kernels on first use, and the calls into them."""
+"""An operator: one pattern with one geometry, lowered for the kernels, and the calls into them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class View(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Spatial sizes of one call: lifted input, left padding, lifted output, and the output as torch counts it."""
+    """Spatial sizes of one call: lifted input, left padding, lifted output, and the output of torch."""
 
     input: tuple[int, int, int]
     padding: tuple[int, int, int]
@@ -146,8 +146,8 @@ class Operator:
     ) -> Gradients:
         """Gradients for (input, values, bias) where `needs` says so, else None.
 
-        `x` may be None if no values gradient is needed, `values` if no input gradient is. The input gradient has
-        `shape`, in `layout` (that of `grad` by default).
+        `x` may be None if no values gradient is needed, `values` if no input gradient is. The input gradient
+        has `shape`, in `layout` (that of `grad` by default).
         """
         sizes = self.sizes(shape[2:] if self.geometry.dims else ())
         grad_view = self.view(grad)

@@ -47,7 +47,9 @@ def contract_backward(
     needs = (needs_input, needs_values, False)
     grad_x, grad_values, _ = operator.backward(grad, x, values, x.shape, None, needs)
     nothing = grad.new_empty(0)
-    return (nothing if grad_x is None else grad_x), (values.new_empty(0) if grad_values is None else grad_values)
+    return (nothing if grad_x is None else grad_x), (
+        values.new_empty(0) if grad_values is None else grad_values
+    )
 
 
 @contract.register_fake
