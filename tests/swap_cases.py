@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from sparseprop.swap import LayerPlan
 from sparseprop.timing import Comparison
 
 
@@ -15,6 +16,12 @@ def sparsify(layer: nn.Module, sparsity: float) -> nn.Module:
     count = round(sparsity * weight.numel())
     weight.view(-1)[weight.abs().flatten().argsort()[:count]] = 0.0
     return layer
+
+
+def plan_entry(**changes) -> LayerPlan:
+    """A decision to make layer "0", an 8 x 8 Linear, sparse."""
+    fields = {"name": "0", "kind": "Linear", "shape": (8, 8), "choice": "sparse", "reason": "asked for"}
+    return LayerPlan(**{"sparsity": None, "dense_ms": None, "sparse_ms": None, **fields, **changes})
 
 
 class FakeTimer:
@@ -62,9 +69,7 @@ def _named(layer: nn.Module, **others: nn.Module) -> nn.Module:
     return nn.ModuleDict({"layer": layer, **others})
 
 
-def _changed(
-    change: Callable[[nn.Linear], object], layer: nn.Linear | None = None
-) -> Callable[[], nn.Module]:
+def _changed(change: Callable[[nn.Linear], object]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         changed = nn.Linear(8, 8)
         change(changed)

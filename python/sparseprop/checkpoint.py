@@ -77,7 +77,7 @@ def save_checkpoint(
         tensors[name] = _own_memory(tensor)
     header = json.dumps({"format": 1, "shared": shared, "order": list(state)})
     with atomic_write(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={**(metadata or {}), _HEADER: header})
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={**(metadata or {}), _HEADER: header}))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
