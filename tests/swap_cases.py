@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import sparseprop
 from sparseprop.swap import LayerPlan
 from sparseprop.timing import Comparison
 
@@ -63,6 +64,19 @@ def small_cnn() -> nn.Sequential:
         nn.Flatten(),
         sparsify(nn.Linear(8 * 64, 4), 0.75),
     )
+
+
+def small_sparse_cnn() -> nn.Module:
+    """The same, swapped."""
+    return sparseprop.swap_modules(small_cnn(), min_sparsity=0.5)
+
+
+def assert_same_state(got, wanted) -> None:
+    """Two state dicts with the same keys in the same order, and equal tensors."""
+    assert list(got) == list(wanted)
+    for key in wanted:
+        assert got[key].dtype == wanted[key].dtype, key
+        assert torch.equal(got[key], wanted[key]), key
 
 
 def _named(layer: nn.Module, **others: nn.Module) -> nn.Module:

@@ -109,7 +109,8 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a checkpoint file, sparse layers included, into `model`, dense or swapped; returns the model.
 
     Raises:
-        SparsePropError: as `load_checkpoint` and `swap_like`, or keys or shapes that do not match.
+        SparsePropError: as `load_checkpoint` and `swap_like`, or keys or shapes that do not match; in the
+            last case what does match has been loaded.
 
     >>> import sparseprop, tempfile
     >>> trained = sparseprop.swap_modules(nn.Sequential(nn.Linear(8, 8)), min_sparsity=0.0)
@@ -126,7 +127,8 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     except SparsePropError:
         raise
     except RuntimeError as error:
-        raise SparsePropError(f"Checkpoint {os.fspath(path)!r} does not fit the model: {error}") from error
+        why = " ".join(str(error).split())
+        raise SparsePropError(f"Checkpoint {os.fspath(path)!r} does not fit the model: {why}") from error
     return model
 
 
