@@ -22,7 +22,7 @@ class SparsityPattern:
     """Positions of the non-zeros of a `rows x cols` weight: CSR without values, sorted inside each row.
 
     `row_ptr` is int64 of shape `(rows + 1,)`, `col_idx` int32 of shape `(nnz,)`; the order is that of
-    `weight[mask]`. A convolution's weight counts as `(out_channels, everything else)`; `validate` foreign data.
+    `weight[mask]`. A convolution's weight counts as `(out_channels, everything else)`; `validate` it.
 
     >>> pattern = SparsityPattern.from_mask(torch.tensor([[True, False], [True, True]]))
     >>> pattern.nnz, pattern.row_ptr.tolist(), pattern.col_idx.tolist()

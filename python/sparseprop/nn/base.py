@@ -159,11 +159,11 @@ class SparseLayer(nn.Module):
     def from_dense(cls, module: nn.Module, *, mask: Tensor | None = None, pattern: str | None = None) -> Self:
         """The sparse twin of a plain torch layer, with copies of its weights.
 
-        The pattern is `mask` (bool, zeros inside it stay trainable), else the mask of
-        `torch.nn.utils.prune` if there is one, else `weight != 0`. `pattern="2:4"` (any N:M) demands in
-        addition that at most N of M consecutive input channels are kept. Keeps `training`,
-        `requires_grad` and dtype. Refuses subclasses, parametrized layers, other devices than the CPU, and layers with hooks: a hook may
-        rely on the dense weight, so remove it and register it on the result.
+        The pattern is `mask` (bool, zeros inside it stay trainable), else the mask of `torch.nn.utils.prune` if
+        there is one, else `weight != 0`. `pattern="2:4"` (any N:M) demands in addition that at most N of M
+        consecutive input channels are kept. Keeps `training`, `requires_grad` and dtype. Refuses subclasses,
+        parametrized layers, other devices than the CPU, and layers with hooks: a hook may rely on the dense
+        weight, so remove it, then register it on the result.
         """
         weight, found = dense_source(module, cls._dense_type)
         keep = finished_mask(weight, found if mask is None else mask)

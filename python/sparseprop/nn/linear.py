@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.nn.base import SparseLayer
 from sparseprop.pattern import SparsityPattern
@@ -58,6 +59,8 @@ class SparseLinear(SparseLayer):
         >>> SparseLinear.from_mask(mask, weight=torch.ones(3, 3), bias=False)(torch.ones(3)).tolist()
         [1.0, 1.0, 1.0]
         """
+        if mask.dim() != 2:
+            raise SparsePropError(f"mask must have 2 dimensions (out, in), got shape {tuple(mask.shape)}.")
         options = {"in_features": mask.shape[-1], "out_features": mask.shape[0]}
         return cls._from_mask(options, mask, weight=weight, bias=bias, dtype=dtype)
 

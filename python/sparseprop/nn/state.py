@@ -1,7 +1,7 @@
 """State dicts of sparse layers: what is written, and what is accepted when loading.
 
-Written: `weight_values`, `weight_row_ptr`, `weight_col_idx`, `weight_shape`, `bias`. Accepted: that, with this
-or another pattern of the same shape, or the `weight` of the dense layer. All is checked first.
+Written: `weight_values`, `weight_row_ptr`, `weight_col_idx`, `weight_shape`, `bias`. Accepted: that, with
+this or another pattern of the same shape, or the `weight` of the dense layer. All is checked first.
 """
 
 from __future__ import annotations
