@@ -24,31 +24,19 @@ def _tokens() -> tuple[torch.Tensor, ...]:
     return (torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(1)),)
 
 
-def _allow_torchvision() -> None:
-    """torchvision's own kernels want CUDA's libraries; its models do not, once these two names exist."""
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _allow_torchvision.library = library  # the names vanish with it
-
-
 def _resnet50() -> nn.Module:
-    _allow_torchvision()
     from torchvision.models import resnet50
 
     return resnet50(num_classes=10)
 
 
 def _mobilenet_v2() -> nn.Module:
-    _allow_torchvision()
     from torchvision.models import mobilenet_v2
 
     return mobilenet_v2(num_classes=10, dropout=0.0)
 
 
 def _vit_tiny() -> nn.Module:
-    _allow_torchvision()
     import timm
 
     return timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10)
@@ -59,14 +47,9 @@ class PooledBert(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        _allow_torchvision()
         from transformers import BertConfig, BertModel
 
-        sizes = {
-            "hidden_size": 128,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-        }
+        sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         self.bert = BertModel(BertConfig(vocab_size=100, num_attention_heads=4, **sizes, **dropout))
 
