@@ -1,0 +1,108 @@
+"""Gradual magnitude pruning: how sparse at which step (Zhu & Gupta 2017), and which weights go."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparseprop.errors import SparsePropError
+
+__all__ = ["CubicSchedule", "magnitude_masks", "prunable_layers", "sparsity_of"]
+
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """Sparsity as a pure function of the step: from ``initial`` to ``final`` over ``ramp`` steps, fast at
+    first and slow at the end, changing every ``every`` steps.
+
+    >>> schedule = CubicSchedule(initial=0.0, final=0.9, ramp=100, every=10)
+    >>> [round(schedule.at(step), 3) for step in (0, 10, 19, 50, 100, 1000)]
+    [0.0, 0.244, 0.244, 0.788, 0.9, 0.9]
+    """
+
+    initial: float
+    final: float
+    ramp: int
+    every: int
+
+    def at(self, step: int) -> float:
+        """The sparsity that holds while step ``step`` runs."""
+        if step >= self.ramp:
+            return self.final
+        left = 1 - (step // self.every * self.every) / self.ramp
+        return self.final + (self.initial - self.final) * left**3
+
+    def is_event(self, step: int) -> bool:
+        """Whether the sparsity changes before step ``step``."""
+        return step == self.ramp or (0 < step < self.ramp and step % self.every == 0)
+
+
+def prunable_layers(model: nn.Module, *, num_classes: int) -> dict[str, nn.Module]:
+    """The layers a job prunes, by name: exact ``Linear`` and ``Conv`` layers, without the first (it sees the
+    image), the classifier, depthwise convolutions and layers that share a weight. Raises `SparsePropError`
+    if nothing is left.
+    """
+    plain = {name: module for name, module in model.named_modules() if type(module) in _KINDS}
+    names = list(plain)[1:]
+    last = plain[names[-1]] if names else None
+    if isinstance(last, nn.Linear) and last.out_features == num_classes:
+        names.pop()
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    layers = {
+        name: plain[name]
+        for name in names
+        if owners[id(plain[name].weight)] == 1 and getattr(plain[name], "groups", 1) == 1
+    }
+    if not layers:
+        raise SparsePropError(
+            f"the model has nothing to prune or swap: {len(plain)} plain Linear and Conv layers, none besides the "
+            "first and the classifier; use a deeper model"
+        )
+    return layers
+
+
+def magnitude_masks(
+    weights: Mapping[str, Tensor], sparsity: float, *, scope: str, masks: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Boolean masks that keep the largest weights; exact counts, and the earlier of equal weights stays.
+
+    ``scope`` ``"layer"`` keeps the same share of each weight, ``"global"`` ranks all weights together. What
+    ``masks`` has pruned stays pruned as long as the counts allow it.
+
+    >>> import torch
+    >>> magnitude_masks({"fc": torch.tensor([[3.0, -1.0], [1.0, 0.5]])}, 0.5, scope="layer")["fc"].tolist()
+    [[True, True], [False, False]]
+    """
+    scores = {
+        name: weight.detach().abs() if masks is None else weight.detach().abs().where(masks[name], -1.0)
+        for name, weight in weights.items()
+    }
+    if scope == "layer":
+        return {name: _keep_largest(score, sparsity) for name, score in scores.items()}
+    flat = _keep_largest(torch.cat([score.flatten() for score in scores.values()]), sparsity)
+    parts = flat.split([score.numel() for score in scores.values()])
+    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def sparsity_of(masks: Mapping[str, Tensor]) -> float:
+    """The share of zeros over all of ``masks``."""
+    total = sum(mask.numel() for mask in masks.values())
+    return 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total
+
+
+def _keep_largest(scores: Tensor, sparsity: float) -> Tensor:
+    scores = scores.contiguous()
+    kept = round((1 - sparsity) * scores.numel())
+    if kept == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.flatten().kthvalue(scores.numel() - kept + 1).values
+    mask = scores > threshold
+    ties = (scores == threshold).flatten().nonzero()[:, 0]
+    mask.view(-1)[ties[: kept - int(mask.count_nonzero())]] = True
+    return mask
