@@ -1,0 +1,89 @@
+// Python's view of the kernels: shapes and addresses are checked here, once; the GIL is released around the work.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "contraction.h"
+
+namespace py = pybind11;
+using namespace sparseprop;
+
+namespace {
+
+using RowPtr = py::array_t<int64_t, py::array::c_style>;
+using ColIdx = py::array_t<int32_t, py::array::c_style>;
+
+class PyContraction {
+ public:
+  PyContraction(int64_t out_channels, int64_t in_channels, int64_t groups, Triple kernel, Triple stride, Triple dilation,
+                RowPtr row_ptr, ColIdx col_idx)
+      : row_ptr_(std::move(row_ptr)),
+        col_idx_(std::move(col_idx)),
+        contraction_(check({out_channels, in_channels, groups, kernel, stride, dilation}), row_ptr_.data(),
+                     col_idx_.data(), col_idx_.size()) {}
+
+  int64_t nnz() const { return contraction_.nnz(); }
+  int64_t storage_bytes() const { return contraction_.storage_bytes(); }
+
+  void forward(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x, Strides x_strides,
+               uintptr_t values, uintptr_t bias, uintptr_t out, Strides out_strides) {
+    const py::gil_scoped_release release;
+    contraction_.forward(static_cast<DType>(dtype), {batch, in_size, padding, out_size}, {pointer(x), x_strides},
+                         pointer(values), pointer(bias), {pointer(out), out_strides});
+  }
+
+  void backward(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x,
+                Strides x_strides, uintptr_t values, uintptr_t grad_out, Strides grad_out_strides, uintptr_t grad_in,
+                Strides grad_in_strides, uintptr_t grad_values, uintptr_t grad_bias) {
+    const py::gil_scoped_release release;
+    contraction_.backward(static_cast<DType>(dtype), {batch, in_size, padding, out_size}, {pointer(x), x_strides},
+                          pointer(values), {pointer(grad_out), grad_out_strides}, {pointer(grad_in), grad_in_strides},
+                          pointer(grad_values), pointer(grad_bias));
+  }
+
+ private:
+  static void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+  Layer check(const Layer& layer) const {
+    for (int d = 0; d < 3; ++d) {
+      if (layer.kernel[d] < 1 || layer.stride[d] < 1 || layer.dilation[d] < 1) {
+        throw std::invalid_argument("kernel, stride and dilation must be at least 1 in every dimension.");
+      }
+    }
+    if (layer.groups < 1 || layer.out_channels < 0 || layer.in_channels < 0 || layer.in_channels % layer.groups != 0 ||
+        layer.out_channels % layer.groups != 0) {
+      throw std::invalid_argument("groups must divide in_channels and out_channels.");
+    }
+    if (row_ptr_.size() != layer.out_channels + 1) {
+      throw std::invalid_argument("row_ptr has " + std::to_string(row_ptr_.size()) + " entries, wanted out_channels + 1 = " +
+                                  std::to_string(layer.out_channels + 1) + ".");
+    }
+    return layer;
+  }
+
+  RowPtr row_ptr_;
+  ColIdx col_idx_;
+  Contraction contraction_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  m.doc() = "Kernels for sparse weights; use sparseprop.nn, not this module.";
+  py::class_<PyContraction>(m, "Contraction")
+      .def(py::init<int64_t, int64_t, int64_t, Triple, Triple, Triple, RowPtr, ColIdx>(), py::arg("out_channels"),
+           py::arg("in_channels"), py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"),
+           py::arg("row_ptr").noconvert(), py::arg("col_idx").noconvert())
+      .def_property_readonly("nnz", &PyContraction::nnz)
+      .def_property_readonly("storage_bytes", &PyContraction::storage_bytes)
+      .def("forward", &PyContraction::forward, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),
+           py::arg("padding"), py::arg("out_size"), py::arg("x"), py::arg("x_strides"), py::arg("values"),
+           py::arg("bias"), py::arg("out"), py::arg("out_strides"))
+      .def("backward", &PyContraction::backward, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),
+           py::arg("padding"), py::arg("out_size"), py::arg("x"), py::arg("x_strides"), py::arg("values"),
+           py::arg("grad_out"), py::arg("grad_out_strides"), py::arg("grad_in"), py::arg("grad_in_strides"),
+           py::arg("grad_values"), py::arg("grad_bias"));
+  m.def("available_isas", [] { return py::tuple(py::cast(available_isas())); });
+  m.def("active_isa", [] { return std::string(active_kernels().name); });
+  m.def("set_max_isa", &set_max_isa, py::arg("name"));
+}

@@ -1,0 +1,100 @@
+// The contract of every kernel. Kernels know pointers only; nothing here allocates, checks or starts threads.
+//
+// One contraction serves every layer. A *column* is a position of the flattened grid (a batch entry, a pixel, or
+// both). A *tile* is up to 4 * lanes adjacent columns whose accumulators stay in registers. A *panel* holds the
+// rows that are reduced over, packed so that `panel + (offset << unit_log2)` is where a non-zero's columns start.
+//
+//   forward        out[row, tile]     = bias[row] + sum over non-zeros of  value * panel[offset(nz) + tile]
+//   grad_input     the same on the transposed pattern
+//   grad_values    dot[nz]            = <x[row, tile], panel[offset(nz) + tile]>, panel = grad_out
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace sparseprop {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// `rows` consecutive segments of exactly `count` non-zeros each: trip counts that a branch predictor can learn.
+// `first` marks the first segment of its row in the stream: it writes (bias or 0), later ones add.
+struct Run {
+  uint32_t rows;
+  uint32_t count;
+  uint32_t first;
+};
+
+// The non-zeros of one part of the rows in one block of the panel. A segment is one row's share of the block.
+struct BlockStream {
+  const Run* runs;
+  size_t n_runs;
+  const uint32_t* segment_row;    // row inside the part, per segment
+  const uint32_t* segment_value;  // position of the segment's first value
+  const uint16_t* offset;         // per non-zero, in units of 1 << unit_log2 elements from the block's panel
+};
+
+template <class S>
+struct ForwardArgs {
+  BlockStream stream;
+  const S* values;
+  const S* bias;  // of the part's first row, or null
+  const S* panel;
+  unsigned unit_log2;
+  S* out;  // tile of the part: row r at out + r * out_pitch, 64-byte aligned, padded to whole vectors
+  ptrdiff_t out_pitch;
+};
+
+template <class S>
+struct BackwardArgs {
+  BlockStream stream;
+  const S* values;  // in stream order
+  const S* panel;   // grad_out
+  unsigned unit_log2;
+  const S* x;  // null: no weight gradient. Same pitch and alignment as `grad_x`
+  S* grad_x;   // null: no input gradient
+  ptrdiff_t pitch;
+  S* dots;          // weight gradient of this block's non-zeros, in stream order
+  bool accumulate;  // add to dots instead of writing
+};
+
+// Moving one row or block between a tensor and a panel; In and Out may differ (bfloat16 on one side).
+// copy:      dst[i * dst_stride] = src[i * src_stride],         i < n
+// transpose: dst[j * dst_pitch + i] = src[i * src_pitch + j],   i < rows, j < cols
+template <class In, class Out>
+struct Movers {
+  void (*copy)(Out* dst, ptrdiff_t dst_stride, const In* src, ptrdiff_t src_stride, ptrdiff_t n);
+  void (*transpose)(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
+                    ptrdiff_t cols);
+};
+
+template <class S>
+struct KernelsOf {
+  // Index v - 1: a tile of v * lanes columns.
+  void (*forward[4])(const ForwardArgs<S>&);
+  void (*backward[4])(const BackwardArgs<S>&);
+  void (*row_sums)(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);  // sums[r] +=
+  void (*gather)(S* dst, const S* src, const uint32_t* index, ptrdiff_t n);
+  Movers<S, S> move;
+};
+
+struct Kernels {
+  const char* name;
+  KernelsOf<float> f32;
+  KernelsOf<double> f64;
+  Movers<bf16, float> from_bf16;
+  Movers<float, bf16> to_bf16;
+};
+
+// Columns per lane group: one AVX-512 register. Every ISA uses the same tiles, so results do not depend on padding.
+template <class S>
+constexpr int lanes() {
+  return 64 / static_cast<int>(sizeof(S));
+}
+constexpr int kMaxTile = 4;  // lane groups per tile
+
+extern const Kernels scalar_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+
+}  // namespace sparseprop

@@ -1,0 +1,58 @@
+// Forward contraction (and input gradient, on the transposed stream): the output tile stays in registers over a
+// row's non-zeros, one panel load per FMA, no store inside.
+#pragma once
+#include "../kernels.h"
+
+namespace sparseprop {
+
+// `vecs` vectors per tile. `chains` independent accumulator sets hide the FMA latency (4 cycles, 2 a cycle: 8 chains).
+template <class V, int vecs>
+struct Forward {
+  using S = typename V::scalar;
+  static constexpr int chains = vecs >= 6 ? 1 : vecs >= 3 ? 2 : 4;
+
+  static inline void multiply_add(V (&acc)[vecs], V value, const S* columns) {
+    for (int i = 0; i < vecs; ++i) acc[i] = V::fma(value, V::loadu(columns + i * V::width), acc[i]);
+  }
+
+  static inline void segment(V (&acc)[vecs], const S* values, const uint16_t* offset, uint32_t count, const S* panel,
+                             unsigned unit_log2) {
+    uint32_t k = 0;
+    if (chains > 1 && count >= chains) {
+      V extra[chains][vecs];
+      for (int c = 1; c < chains; ++c)
+        for (int i = 0; i < vecs; ++i) extra[c][i] = V::zero();
+      for (; k + chains <= count; k += chains) {
+        multiply_add(acc, V::broadcast(values[k]), panel + (size_t(offset[k]) << unit_log2));
+        for (int c = 1; c < chains; ++c)
+          multiply_add(extra[c], V::broadcast(values[k + c]), panel + (size_t(offset[k + c]) << unit_log2));
+      }
+      for (int c = 1; c < chains; ++c)
+        for (int i = 0; i < vecs; ++i) acc[i] = V::add(acc[i], extra[c][i]);
+    }
+    for (; k < count; ++k) multiply_add(acc, V::broadcast(values[k]), panel + (size_t(offset[k]) << unit_log2));
+  }
+
+  static void block(const ForwardArgs<S>& a) {
+    const uint16_t* offset = a.stream.offset;
+    size_t s = 0;
+    for (size_t r = 0; r < a.stream.n_runs; ++r) {
+      const Run run = a.stream.runs[r];
+      for (uint32_t end = 0; end < run.rows; ++end, ++s, offset += run.count) {
+        const uint32_t row = a.stream.segment_row[s];
+        S* out = a.out + row * a.out_pitch;
+        V acc[vecs];
+        if (run.first) {
+          const V start = a.bias ? V::broadcast(a.bias[row]) : V::zero();
+          for (int i = 0; i < vecs; ++i) acc[i] = start;
+        } else {
+          for (int i = 0; i < vecs; ++i) acc[i] = V::load(out + i * V::width);
+        }
+        segment(acc, a.values + a.stream.segment_value[s], offset, run.count, a.panel, a.unit_log2);
+        for (int i = 0; i < vecs; ++i) acc[i].store(out + i * V::width);
+      }
+    }
+  }
+};
+
+}  // namespace sparseprop

@@ -1,0 +1,60 @@
+// Moving data between tensors and panels, one contiguous run or one blocked transpose at a time.
+#pragma once
+#include "../kernels.h"
+#include "../simd/convert.h"
+
+namespace sparseprop {
+
+template <class V, class In, class Out>
+struct Move {
+  static void copy(Out* dst, ptrdiff_t dst_stride, const In* src, ptrdiff_t src_stride, ptrdiff_t n) {
+    ptrdiff_t i = 0;
+    if (dst_stride == 1 && src_stride == 1) {
+      for (; i + V::width <= n; i += V::width) V::loadu(src + i).storeu(dst + i);
+    }
+    for (; i < n; ++i) dst[i * dst_stride] = To<Out>::from(src[i * src_stride]);
+  }
+
+  static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
+                        ptrdiff_t cols) {
+    constexpr ptrdiff_t w = V::width;
+    ptrdiff_t i = 0;
+    for (; i + w <= rows; i += w) {
+      ptrdiff_t j = 0;
+      for (; j + w <= cols; j += w) V::transpose(dst + j * dst_pitch + i, dst_pitch, src + i * src_pitch + j, src_pitch);
+      corner(dst + j * dst_pitch + i, dst_pitch, src + i * src_pitch + j, src_pitch, w, cols - j);
+    }
+    corner(dst + i, dst_pitch, src + i * src_pitch, src_pitch, rows - i, cols);
+  }
+
+ private:
+  static void corner(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows, ptrdiff_t cols) {
+    for (ptrdiff_t j = 0; j < cols; ++j)
+      for (ptrdiff_t i = 0; i < rows; ++i) dst[j * dst_pitch + i] = To<Out>::from(src[i * src_pitch + j]);
+  }
+};
+
+template <class V>
+struct Sums {
+  using S = typename V::scalar;
+
+  // sums[r] += row r of the panel, added up in a fixed order
+  static void rows(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols) {
+    for (ptrdiff_t r = 0; r < rows; ++r) {
+      const S* row = panel + r * pitch;
+      V acc = V::zero();
+      ptrdiff_t i = 0;
+      for (; i + V::width <= cols; i += V::width) acc = V::add(acc, V::loadu(row + i));
+      S total = acc.sum();
+      for (; i < cols; ++i) total += row[i];
+      sums[r] += total;
+    }
+  }
+
+  // Hardware gathers: no gain over scalar loads on Cascade Lake, both wait for L2.
+  static void gather(S* dst, const S* src, const uint32_t* index, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; ++i) dst[i] = src[index[i]];
+  }
+};
+
+}  // namespace sparseprop

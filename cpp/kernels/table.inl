@@ -1,0 +1,31 @@
+// The function table of one ISA, from its two vector types.
+#pragma once
+#include "backward.inl"
+#include "forward.inl"
+#include "move.inl"
+
+namespace sparseprop {
+
+template <class V>
+constexpr KernelsOf<typename V::scalar> kernels_of() {
+  using S = typename V::scalar;
+  constexpr int group = lanes<S>() / V::width;  // vectors per lane group
+  return {{&Forward<V, group>::block, &Forward<V, 2 * group>::block, &Forward<V, 3 * group>::block,
+           &Forward<V, 4 * group>::block},
+          {&backward_tile<V, group>, &backward_tile<V, 2 * group>, &backward_tile<V, 3 * group>,
+           &backward_tile<V, 4 * group>},
+          &Sums<V>::rows,
+          &Sums<V>::gather,
+          {&Move<V, S, S>::copy, &Move<V, S, S>::transpose}};
+}
+
+template <class F32, class F64>
+constexpr Kernels make_kernels(const char* name) {
+  return {name,
+          kernels_of<F32>(),
+          kernels_of<F64>(),
+          {&Move<F32, bf16, float>::copy, &Move<F32, bf16, float>::transpose},
+          {&Move<F32, float, bf16>::copy, &Move<F32, float, bf16>::transpose}};
+}
+
+}  // namespace sparseprop

@@ -1,0 +1,84 @@
+#include "schedule.h"
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace sparseprop {
+namespace {
+
+constexpr int64_t kL1 = 24 * 1024;
+constexpr int64_t kL2 = 384 * 1024;
+constexpr int64_t kOffsets = 65536;       // a 16-bit offset reaches this far
+constexpr double kSegment = 6;            // non-zeros per segment below which partial sums cost more than L1 saves
+
+int64_t ceil_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+unsigned log2_of(int64_t power) {
+  unsigned log = 0;
+  while ((int64_t{1} << log) < power) ++log;
+  return log;
+}
+
+// Columns of one panel row that a tile touches.
+int64_t tile_span(const Layer& layer, const Grid& grid, int64_t tile) {
+  const int64_t lines = layer.kernel[0] * layer.kernel[1];
+  const int64_t line = tile + (layer.kernel[2] - 1) * layer.dilation[2] / layer.stride[2] * grid.lanes;
+  return std::min(lines * line, tile + grid.max_shift);
+}
+
+}  // namespace
+
+// Batch lanes make every shifted load aligned, at 16 times the working set; they pay for small planes.
+int64_t choose_lanes(const Layer& layer, const Sizes& sizes, int64_t element_size, bool batch_last) {
+  const int64_t lanes = 64 / element_size;
+  if (layer.taps() == 1 && !batch_last) return 1;
+  const int64_t groups = (sizes.batch + lanes - 1) / lanes;
+  if (groups * lanes * 4 > sizes.batch * 5) return 1;
+  return lanes;
+}
+
+Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size) {
+  Schedule s;
+  const int64_t lanes = 64 / element_size, full = lanes * kMaxTile;
+  s.tile = std::min(full, std::max(lanes, ceil_to(grid.columns, lanes)));
+  if (s.tile == 3 * lanes) s.tile = full;  // powers of two only: offsets are scaled by shifting
+  const int64_t shift = grid.max_shift, row_bytes = problem.panel_rows * element_size;
+  // No more than an eighth of the columns, so that threads and their results do not depend on each other.
+  const int64_t share = std::max(s.tile, ceil_to((grid.columns + 7) / 8, s.tile));
+  int64_t fit = std::max(kL2 / row_bytes - shift, shift);
+  s.chunk = std::clamp(fit / s.tile * s.tile, s.tile, share);
+  if (shift == 0) s.chunk = std::min(s.chunk, 8 * s.tile);
+  s.chunks = (grid.columns + s.chunk - 1) / s.chunk;
+
+  const int64_t span = tile_span(layer, grid, s.tile);
+  if (shift == 0) {
+    s.panel = {s.tile, s.tile, problem.panel_rows * s.tile};
+    s.panel_size = problem.panel_rows * s.chunk;
+    s.stream.unit_log2 = log2_of(s.tile);
+  } else {
+    int64_t pitch = ceil_to(s.chunk + shift, lanes);
+    if (pitch / lanes % 2 == 0) pitch += lanes;  // odd lines: rows spread over the cache's sets
+    s.panel = {pitch, s.tile, s.tile};
+    s.panel_size = problem.panel_rows * pitch;
+    s.stream.unit_log2 = log2_of(grid.lanes);
+  }
+  s.stream.row_pitch = s.panel.row_pitch;
+  s.stream.row_step = problem.row_step;
+  const double per_panel_row = problem.nnz / (double(problem.rows) * double(std::max<int64_t>(1, problem.panel_rows)));
+  const int64_t l1_rows = kL1 / (span * element_size), l2_rows = kL2 / (span * element_size);
+  const double wanted = kSegment / std::max(per_panel_row, 1e-9);
+  int64_t block = std::max(l1_rows, std::min(l2_rows, int64_t(std::min(wanted, 1e9))));
+  if (wanted > 4.0 * l2_rows) block = problem.panel_rows;
+  const int64_t reach = (((kOffsets - 1) << s.stream.unit_log2) - shift) / s.panel.row_pitch;
+  block = std::min(block, std::min(reach, problem.panel_rows));
+  // equal blocks rather than a small last one
+  const int64_t step = problem.panel_step, blocks = std::max<int64_t>(1, (problem.panel_rows + block - 1) / std::max<int64_t>(1, block));
+  s.stream.block_rows = std::max(step, ceil_to((problem.panel_rows + blocks - 1) / blocks, step));
+  if (s.stream.block_rows > reach) s.stream.block_rows = std::max(step, reach / step * step);
+  s.stream.part_rows = std::clamp<int64_t>(kL2 / 2 / (s.chunk * element_size), 64, 1024);
+  s.stream.min_parts = std::clamp<int64_t>(8 / std::max<int64_t>(1, s.chunks), 1, std::max<int64_t>(1, problem.rows / 32));
+  return s;
+}
+
+}  // namespace sparseprop

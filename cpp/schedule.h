@@ -1,0 +1,31 @@
+// How the columns of a call are cut: tiles (registers), chunks (a packed panel in L2), tasks (threads).
+#pragma once
+#include <cstdint>
+
+#include "lowering.h"
+#include "panel.h"
+#include "stream.h"
+
+namespace sparseprop {
+
+struct Schedule {
+  int64_t tile;          // columns per tile
+  int64_t chunk;         // columns per chunk, a multiple of tile
+  int64_t chunks;
+  int64_t panel_size;    // elements
+  PanelShape panel;      // of a chunk with its halo
+  StreamShape stream;
+};
+
+struct Problem {
+  int64_t rows;        // of the output of this direction
+  int64_t panel_rows;  // reduced over
+  int64_t row_step;    // rows that belong together (phases of one channel)
+  int64_t panel_step;
+  double nnz;
+};
+
+Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size);
+int64_t choose_lanes(const Layer& layer, const Sizes& sizes, int64_t element_size, bool batch_last);
+
+}  // namespace sparseprop

@@ -1,0 +1,101 @@
+// AVX2 + FMA. Only intrinsics and our own code in here: a std:: template emitted from this file would be compiled
+// with AVX2 and might be picked by the linker for every CPU.
+#pragma once
+#include <immintrin.h>
+
+#include "../kernels.h"
+
+namespace sparseprop::avx2 {
+
+struct F32 {
+  using scalar = float;
+  static constexpr int width = 8;
+  __m256 v;
+
+  static F32 zero() { return {_mm256_setzero_ps()}; }
+  static F32 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static F32 load(const float* p) { return {_mm256_load_ps(p)}; }
+  static F32 loadu(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static F32 loadu(const bf16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  void store(float* p) const { _mm256_store_ps(p, v); }
+  void storeu(float* p) const { _mm256_storeu_ps(p, v); }
+  // Round to nearest even; NaN stays NaN (its quiet bit is set before truncation).
+  void storeu(bf16* p) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
+  static F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  static F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  float sum() const {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+  static F32 sum_rows(const float* rows) {
+    auto row = [rows](int i) { return _mm256_load_ps(rows + 8 * i); };
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(row(0), row(1)), _mm256_hadd_ps(row(2), row(3)));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(row(4), row(5)), _mm256_hadd_ps(row(6), row(7)));
+    return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+  }
+  template <class In, class Out>
+  static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch) {
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = loadu(src + i * src_pitch).v;
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      F32{_mm256_permute2f128_ps(r[i], r[i + 4], 0x20)}.storeu(dst + i * dst_pitch);
+      F32{_mm256_permute2f128_ps(r[i], r[i + 4], 0x31)}.storeu(dst + (i + 4) * dst_pitch);
+    }
+  }
+};
+
+struct F64 {
+  using scalar = double;
+  static constexpr int width = 4;
+  __m256d v;
+
+  static F64 zero() { return {_mm256_setzero_pd()}; }
+  static F64 broadcast(double x) { return {_mm256_set1_pd(x)}; }
+  static F64 load(const double* p) { return {_mm256_load_pd(p)}; }
+  static F64 loadu(const double* p) { return {_mm256_loadu_pd(p)}; }
+  void store(double* p) const { _mm256_store_pd(p, v); }
+  void storeu(double* p) const { _mm256_storeu_pd(p, v); }
+  static F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+  static F64 mul(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  static F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  double sum() const {
+    const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+  static F64 sum_rows(const double* rows) {
+    const __m256d a = _mm256_hadd_pd(_mm256_load_pd(rows), _mm256_load_pd(rows + 4));
+    const __m256d b = _mm256_hadd_pd(_mm256_load_pd(rows + 8), _mm256_load_pd(rows + 12));
+    return {_mm256_add_pd(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31))};
+  }
+  static void transpose(double* dst, ptrdiff_t dst_pitch, const double* src, ptrdiff_t src_pitch) {
+    for (int j = 0; j < width; ++j) {
+      for (int i = 0; i < width; ++i) dst[j * dst_pitch + i] = src[i * src_pitch + j];
+    }
+  }
+};
+
+}  // namespace sparseprop::avx2

@@ -1,0 +1,61 @@
+// Plain C++: correct on any CPU, the yardstick for the others. Same interface as avx2.h and avx512.h.
+#pragma once
+#include "convert.h"
+
+namespace sparseprop::scalar {
+
+template <class S>
+struct Vec {
+  using scalar = S;
+  static constexpr int width = 4;
+  S lane[width];
+
+  static Vec zero() { return broadcast(S(0)); }
+  static Vec broadcast(S x) { return {{x, x, x, x}}; }
+  static Vec load(const S* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  template <class In>
+  static Vec loadu(const In* p) {
+    Vec r;
+    for (int i = 0; i < width; ++i) r.lane[i] = To<S>::from(p[i]);
+    return r;
+  }
+  void store(S* p) const { storeu(p); }
+  template <class Out>
+  void storeu(Out* p) const {
+    for (int i = 0; i < width; ++i) p[i] = To<Out>::from(lane[i]);
+  }
+  static Vec add(Vec a, Vec b) {
+    for (int i = 0; i < width; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static Vec mul(Vec a, Vec b) {
+    for (int i = 0; i < width; ++i) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  static Vec fma(Vec a, Vec b, Vec c) {
+    for (int i = 0; i < width; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+  }
+  S sum() const { return (lane[0] + lane[1]) + (lane[2] + lane[3]); }
+  // rows[i], i < width -> lane i of the result is the sum of row i
+  static Vec sum_rows(const S* rows) {
+    Vec r;
+    for (int i = 0; i < width; ++i) r.lane[i] = load(rows + i * width).sum();
+    return r;
+  }
+  // dst[j * dst_pitch + i] = src[i * src_pitch + j] for a width x width block
+  template <class In, class Out>
+  static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch) {
+    for (int j = 0; j < width; ++j) {
+      for (int i = 0; i < width; ++i) {
+        const S value = To<S>::from(src[i * src_pitch + j]);
+        dst[j * dst_pitch + i] = To<Out>::from(value);
+      }
+    }
+  }
+};
+
+using F32 = Vec<float>;
+using F64 = Vec<double>;
+
+}  // namespace sparseprop::scalar

@@ -1,0 +1,229 @@
+"""What the sparse layers share: parameters, construction, dense views and the state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from sparseprop.errors import SparsePropError
+from sparseprop.geometry import Geometry
+from sparseprop.nn.convert import dense_source, finished_mask, require_nm
+from sparseprop.nn.state import fitted
+from sparseprop.ops import Operator, apply
+from sparseprop.pattern import SparsityPattern
+
+__all__ = ["SparseLayer"]
+
+
+class SparseLayer(nn.Module):
+    """Base of `SparseLinear` and `SparseConv1d/2d/3d`; not for direct use.
+
+    `weight_values` (nnz,) is the Parameter; `weight_row_ptr`, `weight_col_idx`, `weight_shape` are buffers.
+    """
+
+    weight_values: Parameter
+    weight_row_ptr: Tensor
+    weight_col_idx: Tensor
+    weight_shape: Tensor
+    bias: Parameter | None
+    _dense_type: type[nn.Module]
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        pattern: SparsityPattern | None,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float64) and device.type != "meta":
+            raise SparsePropError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
+        if pattern is None:
+            pattern = SparsityPattern.random(geometry.out_channels, geometry.cols, nnz=0)
+        if (pattern.rows, pattern.cols) != (geometry.out_channels, geometry.cols):
+            raise SparsePropError(
+                f"pattern must be {geometry.out_channels} x {geometry.cols} for a weight of shape "
+                f"{geometry.weight_shape}, got {pattern.rows} x {pattern.cols}."
+            )
+        self._geometry = geometry
+        self._operator: Operator | None = None
+        self.weight_values = Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
+        self.register_buffer("weight_row_ptr", pattern.row_ptr.to(device))
+        self.register_buffer("weight_col_idx", pattern.col_idx.to(device))
+        self.register_buffer("weight_shape", torch.tensor(geometry.weight_shape, device=device))
+        empty_bias = torch.empty(geometry.out_channels, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if empty_bias is None else Parameter(empty_bias))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw values and bias as torch's layers do, with each row's number of non-zeros as its fan-in."""
+        if self.weight_values.is_meta:
+            return
+        fan_in = self.weight_row_ptr.diff()
+        bound = fan_in.clamp(min=1).to(self.weight_values.dtype).rsqrt()
+        with torch.no_grad():
+            self.weight_values.uniform_(-1, 1, generator=generator)
+            self.weight_values.mul_(torch.repeat_interleave(bound, fan_in))
+            if self.bias is not None:
+                self.bias.uniform_(-1, 1, generator=generator).mul_(bound * (fan_in > 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output for an input of the shape its dense twin takes."""
+        parameters, buffers = self._parameters, self._buffers  # attribute look-up of modules is slow
+        values, bias = parameters.get("weight_values"), parameters.get("bias")
+        if values is None or "bias" not in parameters:
+            values, bias = self.weight_values, self.bias  # parametrized
+        row_ptr, col_idx = buffers["weight_row_ptr"], buffers["weight_col_idx"]
+        assert row_ptr is not None
+        assert col_idx is not None
+        if torch.compiler.is_compiling() or not col_idx.is_cpu or type(col_idx) is not Tensor:
+            return apply(x, values, bias, row_ptr, col_idx, self._geometry, None)
+        return apply(x, values, bias, row_ptr, col_idx, self._geometry, self._current(row_ptr, col_idx))
+
+    def _current(self, row_ptr: Tensor, col_idx: Tensor) -> Operator:
+        operator = self._operator
+        if operator is None or not operator.matches(row_ptr, col_idx):
+            geometry = self._geometry
+            if geometry.padding_mode != "zeros":  # the input is padded beforehand
+                geometry = geometry.without_padding()
+            operator = Operator(geometry, row_ptr, col_idx)
+            object.__setattr__(self, "_operator", operator)
+        return operator
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
+        try:
+            own = fitted(self, state_dict, prefix)
+        except SparsePropError as error:
+            error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {error}")
+            return
+        super()._load_from_state_dict(own, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_operator": None}  # lowered again by whoever needs it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise SparsePropError(
+                "the weight of a sparse layer is a read-only view; write to `weight_values` (the non-zeros, "
+                "in the order of `weight[mask]`), or use `from_mask` for another pattern."
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def pattern(self) -> SparsityPattern:
+        """The pattern, sharing memory with the layer's buffers."""
+        geometry = self._geometry
+        return SparsityPattern(geometry.out_channels, geometry.cols, self.weight_row_ptr, self.weight_col_idx)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, built anew at each access and differentiable; read-only."""
+        values = self.weight_values
+        flat = values.new_zeros(self._geometry.numel).index_put((self.pattern.flat_index(),), values)
+        return flat.view(self._geometry.weight_shape)
+
+    @property
+    def mask(self) -> Tensor:
+        """The dense bool mask, built anew at each access."""
+        return self.pattern.to_mask().view(self._geometry.weight_shape)
+
+    @property
+    def nnz(self) -> int:
+        """Number of weights in the pattern."""
+        return self.weight_col_idx.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of the dense weight that the pattern keeps."""
+        return self.nnz / self._geometry.numel if self._geometry.numel else 0.0
+
+    @classmethod
+    def _options_of(cls, module: nn.Module) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @classmethod
+    def _build(cls, options: dict[str, Any], pattern: SparsityPattern | None, **kwargs: Any) -> Self:
+        return cls(**options, pattern=pattern, **kwargs)
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, *, mask: Tensor | None = None, pattern: str | None = None) -> Self:
+        """The sparse twin of a plain torch layer, with copies of its weights.
+
+        The pattern is `mask` (bool, zeros inside it stay trainable), else the mask of `torch.nn.utils.prune` if
+        there is one, else `weight != 0`. `pattern="2:4"` (any N:M) demands in addition that at most N of M
+        consecutive input channels are kept. Keeps `training`, `requires_grad` and dtype. Refuses subclasses,
+        parametrized layers, other devices than the CPU, and layers with hooks: a hook may rely on the dense
+        weight, so remove it, then register it on the result.
+        """
+        weight, found = dense_source(module, cls._dense_type)
+        keep = finished_mask(weight, found if mask is None else mask)
+        if pattern is not None:
+            require_nm(keep, pattern)
+        layer = cls._build(
+            cls._options_of(module),
+            SparsityPattern.from_mask(keep),
+            bias=module.bias is not None,
+            device="cpu",
+            dtype=weight.dtype,
+        )
+        layer._fill(weight, module.bias if isinstance(module.bias, Tensor) else None)
+        original = getattr(module, "weight_orig", module.weight)
+        assert isinstance(original, Tensor)
+        layer.weight_values.requires_grad_(original.requires_grad)
+        return layer.train(module.training)
+
+    def _fill(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        with torch.no_grad():
+            if weight is not None:
+                self.weight_values.copy_(weight.detach().reshape(-1)[self.pattern.flat_index()])
+            if bias is not None and self.bias is not None:
+                self.bias.copy_(bias.detach())
+                self.bias.requires_grad_(bias.requires_grad)
+
+    @classmethod
+    def _from_mask(
+        cls,
+        options: dict[str, Any],
+        mask: Tensor,
+        *,
+        weight: Tensor | None,
+        bias: bool | Tensor,
+        dtype: torch.dtype | None,
+    ) -> Self:
+        if weight is not None and weight.shape != mask.shape:
+            raise SparsePropError(
+                f"weight must have the shape of mask, {tuple(mask.shape)}, got {tuple(weight.shape)}."
+            )
+        if dtype is None and weight is not None:
+            dtype = weight.dtype
+        layer = cls._build(
+            options, SparsityPattern.from_mask(mask), bias=bias is not False, device="cpu", dtype=dtype
+        )
+        if isinstance(bias, Tensor) and bias.shape != (layer._geometry.out_channels,):
+            raise SparsePropError(
+                f"bias must have shape ({layer._geometry.out_channels},), got {tuple(bias.shape)}."
+            )
+        layer._fill(weight, bias if isinstance(bias, Tensor) else None)
+        return layer
+
+    def to_dense(self) -> nn.Module:
+        """The plain torch layer with the same weights, bit for bit, `training` and `requires_grad`."""
+        bias = self.bias
+        dense = self._dense_type(**self._options_of(self), bias=bias is not None, device="meta")
+        dense.weight = Parameter(self.weight.detach(), self.weight_values.requires_grad)
+        if bias is not None:
+            dense.bias = Parameter(bias.detach().clone(), bias.requires_grad)
+        return dense.train(self.training)
+
+    def _sparsity_repr(self) -> str:
+        return f"bias={self.bias is not None}, nnz={self.nnz}, density={self.density:.4g}"

@@ -1,0 +1,116 @@
+"""State dicts of sparse layers: what is written, and what is accepted when loading.
+
+Written: `weight_values`, `weight_row_ptr`, `weight_col_idx`, `weight_shape`, `bias`. Accepted: that, with
+this or another pattern of the same shape, or the `weight` of the dense layer. All is checked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparseprop.errors import SparsePropError
+from sparseprop.pattern import SparsityPattern
+
+if TYPE_CHECKING:
+    from sparseprop.nn.base import SparseLayer
+
+__all__ = ["fitted"]
+
+_INDEX_KEYS = ("weight_row_ptr", "weight_col_idx")
+
+
+def fitted(layer: SparseLayer, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The layer's entries of a state dict, in the layer's own terms; makes room for them in the layer.
+
+    Raises SparsePropError before it changes anything if they do not fit.
+    """
+    own = {key[len(prefix) :]: entry for key, entry in state_dict.items() if key.startswith(prefix)}
+    if "weight" in own and "weight_values" not in own:
+        own = _gathered(layer, own)
+    pattern = _checked(layer, own)
+    if pattern is not None:
+        _resize(layer, pattern)
+    return {prefix + key: entry for key, entry in own.items()}
+
+
+def _gathered(layer: SparseLayer, own: dict[str, Any]) -> dict[str, Any]:
+    """A dense layer's entries as this layer's: the weight at the pattern, zero elsewhere."""
+    weight, shape = own["weight"], layer._geometry.weight_shape
+    if weight.shape != shape:
+        raise SparsePropError(f"weight must have shape {shape}, got {tuple(weight.shape)} in the state dict.")
+    if layer.weight_col_idx.is_meta:
+        raise SparsePropError(
+            "a dense weight cannot be loaded into a layer on the meta device, whose pattern is not known; "
+            "build the layer with `from_dense` or load a sparse state dict with assign=True."
+        )
+    values = weight.detach().reshape(-1)[layer.pattern.flat_index().to(weight.device)]
+    outside = int(weight.count_nonzero()) - int(values.count_nonzero())
+    if outside:
+        raise SparsePropError(
+            f"the dense weight in the state dict has {outside} non-zeros outside the layer's pattern of "
+            f"{layer.nnz}; prune it to the layer's mask, or convert the dense layer with `from_dense`."
+        )
+    rest = {key: entry for key, entry in own.items() if key != "weight"}
+    indices = {key: getattr(layer, key) for key in (*_INDEX_KEYS, "weight_shape")}
+    return rest | indices | {"weight_values": values}
+
+
+def _checked(layer: SparseLayer, own: dict[str, Any]) -> SparsityPattern | None:
+    """The pattern to adopt, if it differs from the layer's; refuses entries that do not fit together."""
+    shape = layer._geometry.weight_shape
+    if "weight_shape" in own and tuple(own["weight_shape"].tolist()) != shape:
+        raise SparsePropError(
+            f"weight_shape must be {shape}, got {tuple(own['weight_shape'].tolist())} in the state dict."
+        )
+    _check_bias(layer, own)
+    found = [key for key in _INDEX_KEYS if key in own]
+    pattern = None
+    if found:
+        if len(found) == 1:
+            raise SparsePropError(
+                f"the state dict has {found[0]} only; a pattern needs both of {_INDEX_KEYS}."
+            )
+        row_ptr, col_idx = own["weight_row_ptr"], own["weight_col_idx"]
+        pattern = SparsityPattern(layer._geometry.out_channels, layer._geometry.cols, row_ptr, col_idx)
+        pattern.validate()
+        if not layer.weight_col_idx.is_meta and _same(pattern, layer.pattern):
+            pattern = None
+        elif "weight_values" not in own:
+            raise SparsePropError("the state dict has another pattern but no weight_values to go with it.")
+    nnz = layer.nnz if pattern is None else pattern.nnz
+    if "weight_values" in own and own["weight_values"].shape != (nnz,):
+        raise SparsePropError(
+            f"weight_values must have shape ({nnz},) to match the pattern, got "
+            f"{tuple(own['weight_values'].shape)} in the state dict."
+        )
+    if "weight_values" in own and not own["weight_values"].is_floating_point():
+        raise SparsePropError(
+            f"weight_values must be floating point, got {own['weight_values'].dtype} in the state dict."
+        )
+    return pattern
+
+
+def _check_bias(layer: SparseLayer, own: dict[str, Any]) -> None:
+    bias = own.get("bias")
+    if isinstance(bias, Tensor) and layer.bias is not None and bias.shape != layer.bias.shape:
+        raise SparsePropError(
+            f"bias must have shape {tuple(layer.bias.shape)}, got {tuple(bias.shape)} in the state dict."
+        )
+
+
+def _same(one: SparsityPattern, other: SparsityPattern) -> bool:
+    return one.row_ptr.device == other.row_ptr.device and one == other
+
+
+def _resize(layer: SparseLayer, pattern: SparsityPattern) -> None:
+    """Make room for another pattern's entries; the Parameter stays the same object."""
+    if pattern.nnz == layer.nnz:
+        return
+    values = layer.weight_values
+    values.grad = None
+    values.data = values.data.new_empty(pattern.nnz)
+    layer.weight_col_idx = torch.empty_like(pattern.col_idx, device=layer.weight_col_idx.device)

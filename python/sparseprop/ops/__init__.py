@@ -1,0 +1,153 @@
+"""The contractions as functions of tensors: checked at this border, differentiable, eager or traced."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import functional
+
+from sparseprop.errors import SparsePropError
+from sparseprop.geometry import Geometry
+from sparseprop.ops import eager, traced
+from sparseprop.ops.operator import DTYPE_CODES, Operator, operator_for
+
+__all__ = ["Operator", "apply", "operator_for", "sparse_conv", "sparse_linear"]
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def sparse_linear(
+    x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, in_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """`x @ W.T + bias` for the sparse `W` (out x in) with these values, row pointers and column indices.
+
+    `x` is (..., in_features), of the dtype of `values` (float32 or float64) and of any strides; the result is
+    feature-major if `x` is, else row-major. Differentiable any number of times in `x`, `values` and `bias`.
+
+    >>> values, row_ptr = torch.ones(2), torch.tensor([0, 1, 2])
+    >>> sparse_linear(torch.eye(2), values, row_ptr, torch.tensor([1, 0], dtype=torch.int32), 2)
+    tensor([[0., 1.],
+            [1., 0.]])
+    """
+    geometry = Geometry.linear(in_features, row_ptr.numel() - 1)
+    return apply(x, values, bias, row_ptr, col_idx, geometry, None)
+
+
+def sparse_conv(
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    geometry: Geometry,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The convolution of `x`, shape (N, C, ...) or (C, ...), with a sparse weight.
+
+    `col_idx` counts inside a flattened weight row (in_channels / groups, *kernel_size). A channels-last or
+    batch-last `x` gives a result in that layout.
+
+    >>> geometry = Geometry.conv(1, 1, 1, 2)
+    >>> values, row_ptr, col_idx = torch.ones(1), torch.tensor([0, 1]), torch.tensor([1], dtype=torch.int32)
+    >>> sparse_conv(torch.arange(3.0).view(1, 1, 3), values, row_ptr, col_idx, geometry)
+    tensor([[[1., 2.]]])
+    """
+    return apply(x, values, bias, row_ptr, col_idx, geometry, None)
+
+
+def apply(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    geometry: Geometry,
+    operator: Operator | None,
+) -> Tensor:
+    """Any sparse layer on any input; `operator` is one made from these index tensors, if at hand."""
+    if geometry.dims:
+        if x.dim() == geometry.dims + 1:
+            batch = x.unsqueeze(0)
+            return apply(batch, values, bias, row_ptr, col_idx, geometry, operator).squeeze(0)
+        if geometry.padding_mode != "zeros":
+            x = functional.pad(x, geometry.functional_padding(), mode=geometry.padding_mode)
+            geometry = geometry.without_padding()
+    x = _check(x, values, bias, col_idx, geometry)
+    if is_compiling() or type(x) not in _PLAIN_TYPES or not x.is_cpu:
+        result: Tensor = traced.contract(x, values, bias, row_ptr, col_idx, geometry.to_ints())
+        return result
+    if operator is None:
+        operator = operator_for(geometry, row_ptr, col_idx)
+    # forward-mode tangents are invisible to the kernels: let autograd refuse them rather than drop them
+    tracked = torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if tracked or forward_ad._current_level >= 0:
+        return eager.contract(x, values, bias, operator)
+    return operator.forward(x, values, bias)
+
+
+def _check(x: Tensor, values: Tensor, bias: Tensor | None, col_idx: Tensor, geometry: Geometry) -> Tensor:
+    """`x`, cast as autocast wants it, after all checks that do not need the indices' contents."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cpu") and values.dtype is torch.float32:
+        wanted = torch.get_autocast_dtype("cpu")
+        if wanted is not torch.bfloat16:
+            wanted = torch.float32
+        if dtype is not wanted and dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = x.to(wanted)
+        dtype = torch.float32 if x.dtype is wanted else dtype
+    dims = x.dim()
+    channels_fit = dims > 0 and x.shape[1 if geometry.dims else -1] == geometry.in_channels
+    if (
+        dtype is not values.dtype
+        or dtype not in DTYPE_CODES
+        or dtype is torch.bfloat16
+        or not channels_fit
+        or (geometry.dims and dims != geometry.dims + 2)
+        or values.shape != col_idx.shape
+        or (bias is not None and (bias.dtype is not values.dtype or bias.shape != (geometry.out_channels,)))
+        or x.device != values.device
+        or not (x.is_cpu or x.is_meta)
+    ):
+        _refuse(x, values, bias, col_idx, geometry)
+    return x
+
+
+def _refuse(x: Tensor, values: Tensor, bias: Tensor | None, col_idx: Tensor, geometry: Geometry) -> NoReturn:
+    shape, channels = tuple(x.shape), geometry.in_channels
+    if values.dtype not in (torch.float32, torch.float64):
+        raise SparsePropError(
+            f"sparse layers compute in float32 or float64, got weight values of {values.dtype}; use "
+            "`.float()`, and torch.autocast for bfloat16 activations."
+        )
+    if x.device != values.device or not (x.is_cpu or x.is_meta):
+        raise SparsePropError(
+            f"sparse layers run on the CPU, got input on {x.device} and weight values on {values.device}; "
+            "move both with `.to('cpu')`."
+        )
+    if x.dtype is not values.dtype:
+        raise SparsePropError(
+            f"input and weight values must have the same dtype, got {x.dtype} and {values.dtype}; cast the "
+            f"input with `.to({values.dtype})` or use torch.autocast('cpu') for bfloat16."
+        )
+    if geometry.dims and x.dim() != geometry.dims + 2:
+        raise SparsePropError(
+            f"expected {geometry.dims + 1}-D (unbatched) or {geometry.dims + 2}-D input, got shape {shape}."
+        )
+    if x.dim() == 0 or x.shape[1 if geometry.dims else -1] != channels:
+        form = f"(batch, {channels}, ...)" if geometry.dims else f"(..., {channels})"
+        raise SparsePropError(f"expected {form} inputs, got shape {shape}.")
+    if values.shape != col_idx.shape:
+        raise SparsePropError(
+            f"weight values must have one entry per column index, got shapes {tuple(values.shape)} and "
+            f"{tuple(col_idx.shape)}."
+        )
+    assert bias is not None
+    raise SparsePropError(
+        f"bias must have shape ({geometry.out_channels},) and dtype {values.dtype}, got {tuple(bias.shape)} "
+        f"and {bias.dtype}."
+    )

@@ -1,0 +1,39 @@
+"""Fixtures for all tests: seeds, one thread, and every implementation this machine can run."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from checks import BACKENDS, running
+
+# torchvision's compiled operators need CUDA's runtime and do not load beside a CPU torch; declaring the two that its
+# Python code registers fake kernels for lets it, and all that import it, load. Kept alive for the whole run.
+_VISION = torch.library.Library("torchvision", "FRAGMENT")
+for _name in ("nms", "qnms"):
+    _VISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Dense torch announces a copy that is no concern of ours."""
+    config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel:UserWarning")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation in turn: the reference, then every instruction set of this CPU."""
+    with running(request.param) as name:
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads for one test."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
