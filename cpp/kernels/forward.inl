@@ -12,6 +12,7 @@ struct Forward {
   static constexpr int chains = vecs >= 6 ? 1 : vecs >= 3 ? 2 : 4;
 
   static inline void multiply_add(V (&acc)[vecs], V value, const S* columns) {
+    asm("" : "+r"(columns));
     for (int i = 0; i < vecs; ++i) acc[i] = V::fma(value, V::loadu(columns + i * V::width), acc[i]);
   }
 
