@@ -1,9 +1,8 @@
-"""Files of a run that are either whole or absent: written beside their place, flushed, then renamed."""
+"""Files of a run that are either whole or absent, and tensors with a note and a checksum beside them."""
 
 import errno
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,37 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from sparseprop.checkpoint import atomic_write, load_checkpoint, save_checkpoint
 from sparseprop.errors import SparsePropError
 
-__all__ = ["append_line", "load_tensors", "save_tensors", "write_atomic"]
+__all__ = ["append_line", "load_tensors", "make_folder", "remove_partials", "save_tensors", "write_text"]
 
-_NOTE = "sparseprop"  # the one metadata entry: JSON
-_PARTIAL = ".partial"
+_NOTE, _CHECKSUM = "job", "crc32"
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Replace ``path`` by ``content`` so that a kill at any moment leaves the old file or the new one.
+def write_text(path: Path, content: str) -> None:
+    """Replace ``path`` by ``content``: after a kill at any moment it is the old file or the new one.
 
     Raises `SparsePropError` when there is no room or no permission; nothing half-written stays behind.
     """
-    data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise _cannot_write(path, len(data), error) from error
+    with atomic_write(path) as temporary:
+        temporary.write_text(content)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -55,14 +40,23 @@ def append_line(path: Path, line: str) -> None:
     except OSError as error:
         with suppress(OSError):
             os.truncate(path, size)
-        raise _cannot_write(path, len(data), error) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        why = "the disk has no room for it. Free some space" if full else f"{error}. Check its permissions"
+        raise SparsePropError(f"{str(path)!r} cannot be written: {why}, then resume the run.") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents. Raises `SparsePropError` when the system refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SparsePropError(f"the folder {path} cannot be made: {error.strerror}; choose another.") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON note as one safetensors file, atomically, with a checksum over the values."""
-    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    meta = json.dumps({**note, "crc32": _checksum(owned)})
-    write_atomic(path, save(owned, {_NOTE: meta}))
+    """Write tensors and a note (anything JSON can hold) as one safetensors file, whole or not at all."""
+    meta = json.dumps({**note, _CHECKSUM: _checksum(tensors)})
+    save_checkpoint(tensors, path, metadata={_NOTE: meta})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,23 +64,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises `SparsePropError` for a file that is missing, truncated or changed since it was written.
     """
-    advice = "expected a whole safetensors file; restore it from a copy or write it again"
+    checkpoint = load_checkpoint(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-            note: dict[str, Any] = json.loads((file.metadata() or {}).get(_NOTE, "{}"))
-    except FileNotFoundError as error:
-        raise SparsePropError(f"there is no checkpoint {path}; check the path") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SparsePropError(f"the checkpoint {path} is corrupted or truncated ({error}); {advice}") from error
-    if "crc32" in note and note["crc32"] != _checksum(tensors):
-        raise SparsePropError(f"the checkpoint {path} is corrupted: its checksum does not fit its values; {advice}")
-    return tensors, note
+        note: dict[str, Any] = json.loads(checkpoint.metadata.get(_NOTE, "{}"))
+        intact = _CHECKSUM not in note or note[_CHECKSUM] == _checksum(checkpoint.state_dict)
+    except (ValueError, TypeError):
+        intact = False
+    if not intact:
+        raise SparsePropError(
+            f"the checkpoint {path} is corrupted: its checksum does not fit what it holds; expected the file as it "
+            "was written; restore it from a copy"
+        )
+    return checkpoint.state_dict, note
 
 
 def remove_partials(folder: Path) -> None:
     """Clear what a killed process was still writing."""
-    for partial in folder.rglob("*" + _PARTIAL):
+    for partial in folder.rglob(".*.tmp"):
         partial.unlink(missing_ok=True)
 
 
@@ -94,25 +88,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
     return value
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _cannot_write(path: Path, size: int, error: OSError) -> SparsePropError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = 0
-        with suppress(OSError):
-            free = shutil.disk_usage(path.parent).free
-        return SparsePropError(
-            f"no room to write {path}: it needs {size / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
-            "make room, then continue with --resume"
-        )
-    return SparsePropError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseprop.errors import SparsePropError
+from sparseprop.masks import global_unstructured_masks, unstructured_mask
 
 __all__ = ["CubicSchedule", "magnitude_masks", "prunable_layers", "sparsity_of"]
 
@@ -79,30 +80,15 @@ def magnitude_masks(
     >>> magnitude_masks({"fc": torch.tensor([[3.0, -1.0], [1.0, 0.5]])}, 0.5, scope="layer")["fc"].tolist()
     [[True, True], [False, False]]
     """
-    scores = {
-        name: weight.detach().abs() if masks is None else weight.detach().abs().where(masks[name], -1.0)
-        for name, weight in weights.items()
-    }
+    scores = {name: weight.detach().abs() for name, weight in weights.items()}
+    for name, mask in (masks or {}).items():  # a kept weight of zero still ranks above a pruned one
+        scores[name] = (scores[name] + torch.finfo(scores[name].dtype).tiny).where(mask, 0.0)
     if scope == "layer":
-        return {name: _keep_largest(score, sparsity) for name, score in scores.items()}
-    flat = _keep_largest(torch.cat([score.flatten() for score in scores.values()]), sparsity)
-    parts = flat.split([score.numel() for score in scores.values()])
-    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+        return {name: unstructured_mask(score, 1 - sparsity) for name, score in scores.items()}
+    return global_unstructured_masks(scores, 1 - sparsity, min_keep_per_layer=1)
 
 
 def sparsity_of(masks: Mapping[str, Tensor]) -> float:
     """The share of zeros over all of ``masks``."""
     total = sum(mask.numel() for mask in masks.values())
     return 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total
-
-
-def _keep_largest(scores: Tensor, sparsity: float) -> Tensor:
-    scores = scores.contiguous()
-    kept = round((1 - sparsity) * scores.numel())
-    if kept == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.flatten().kthvalue(scores.numel() - kept + 1).values
-    mask = scores > threshold
-    ties = (scores == threshold).flatten().nonzero()[:, 0]
-    mask.view(-1)[ties[: kept - int(mask.count_nonzero())]] = True
-    return mask

@@ -19,7 +19,7 @@ import sparseprop
 from sparseprop import SwapPlan
 from sparseprop.data import ImageData
 from sparseprop.timing import Step, compare
-from sparseprop.train.checkpoint import save_tensors, write_atomic
+from sparseprop.train.checkpoint import save_tensors, write_text
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.loop import make_optimizer
 from sparseprop.train.models import ModelSpec
@@ -90,7 +90,7 @@ def write_report(
 
         write_plots(folder, result)
     seconds = {name: note["seconds"] for name, note in notes.items()}
-    write_atomic(folder / "result.json", json.dumps(_as_json(config, result, seconds), indent=2) + "\n")
+    write_text(folder / "result.json", json.dumps(_as_json(config, result, seconds), indent=2) + "\n")
     return result
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparseprop.data import ImageData, load_data, mix_seed
 from sparseprop.errors import SparsePropError
-from sparseprop.train.checkpoint import append_line, load_tensors, remove_partials, save_tensors, write_atomic
+from sparseprop.train.checkpoint import append_line, load_tensors, make_folder, remove_partials, save_tensors, write_text
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.loop import Hooks, Progress, State, make_optimizer, train_phase
 from sparseprop.train.models import ModelSpec, build_model
@@ -190,8 +190,9 @@ def _prepare(config: FinetuneConfig, folder: Path, progress: Watcher | None) -> 
     first = job.phase_file(START)
     if not first.is_file():
         new = not folder.exists()
+        make_folder(first.parent)
         try:
-            write_atomic(folder / "config.json", start.config.to_json())
+            write_text(folder / "config.json", start.config.to_json())
             tensors = dict(start.model.state_dict()) | {_MASK + n: mask for n, mask in start.masks.items()}
             save_tensors(first, tensors, {"spec": dataclasses.asdict(start.spec)})
         except SparsePropError:
@@ -232,7 +233,7 @@ class _Metrics:
         self.path, self.count = path, count
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if len(lines) > count:
-            write_atomic(path, "".join(lines[:count]))
+            write_text(path, "".join(lines[:count]))
 
     def add(self, record: Mapping[str, Any]) -> None:
         append_line(self.path, json.dumps(record))

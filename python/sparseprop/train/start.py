@@ -1,5 +1,6 @@
 """What a job starts with: its data, its model, its weights and what is already pruned in them."""
 
+import copy
 import dataclasses
 import pickle
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseprop import dense_state_dict, swap_like
 from sparseprop.data import ImageData, load_data, mix_seed
 from sparseprop.errors import SparsePropError
+from sparseprop.nn import SparseLayer
 from sparseprop.train.checkpoint import load_tensors
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.models import ModelSpec, build_model, default_image_size, parse_arch
@@ -21,6 +24,7 @@ from sparseprop.train.swapping import check_swap
 __all__ = ["Start", "is_file_name", "load_model", "prepare_start", "read_checkpoint"]
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_PATTERN_KEYS = ("weight_values", "weight_row_ptr", "weight_col_idx", "weight_shape")
 _CLOSE = 0.005  # as sparse as asked for, give or take the rounding of small layers
 
 
@@ -104,7 +108,7 @@ def load_model(
     model = build_model(spec)
     if tensors is None:
         return model, {}
-    tensors, masks = _as_dense(tensors)
+    tensors, masks = _sparse_parts(model, tensors)
     own = model.state_dict()
     odd = sorted(set(own) ^ set(tensors))
     if odd:
@@ -127,14 +131,20 @@ def load_model(
     return model, masks
 
 
-def _as_dense(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights under their dense names, and the masks that torch's own pruning left beside them."""
+def _sparse_parts(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Dense weights under their dense names, and the masks of layers that were sparse or pruned by torch."""
     dense, masks = dict(tensors), {}
     for key in tensors:
         name, _, kind = key.rpartition(".")
-        if kind == "weight_mask":
+        if kind == "weight_mask" and f"{name}.weight_orig" in dense:
             masks[name] = dense.pop(key).bool()
             dense[f"{name}.weight"] = dense.pop(f"{name}.weight_orig") * masks[name]
+    if any(key.endswith(".weight_values") for key in dense):
+        sparse = swap_like(copy.deepcopy(model), dense)
+        masks |= {name: m.mask for name, m in sparse.named_modules() if isinstance(m, SparseLayer)}
+        layers = {name: dense_state_dict(sparse)[f"{name}.weight"] for name in masks}
+        dense = {key: value for key, value in dense.items() if key.rpartition(".")[2] not in _PATTERN_KEYS}
+        dense |= {f"{name}.weight": weight.detach() for name, weight in layers.items()}
     return dense, masks
 
 

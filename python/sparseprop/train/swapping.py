@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 import sparseprop
 from sparseprop import SwapPlan
 from sparseprop.errors import SparsePropError
-from sparseprop.train.checkpoint import write_atomic
+from sparseprop.train.checkpoint import write_text
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.models import ModelSpec
 from sparseprop.train.prune import magnitude_masks
@@ -31,7 +31,7 @@ def swap_pruned(
     else:
         plan = planned(model, masks, config, spec)
         _require_sparse(plan)
-        write_atomic(plan_file, plan.to_json())
+        write_text(plan_file, plan.to_json())
     model = sparseprop.swap_modules(model, plan=plan)
     left = {name: mask for name, mask in masks.items() if name not in plan.sparse_names}
     for name in left:
