@@ -89,7 +89,7 @@ class _FolderSplit:
 
 
 def load_data(source: str, *, image_size: int, channels: int, seed: int = 0) -> ImageData:
-    """Load a built-in data set (``"digits"``, ``"mnist5k"``) or a folder with one subfolder of images per class.
+    """Load ``"digits"`` or ``"mnist5k"``, which are built in, or a folder with one folder of images a class.
 
     A folder may also hold ``train`` and ``val`` (or ``test``) folders of that form; otherwise a fifth of each
     class is held out. Splits are stratified and depend on ``seed`` only. Raises `SparsePropError` when the
@@ -134,7 +134,7 @@ def batch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> Tensor
 
 def in_order(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """All images and labels of a split, batch by batch, for evaluation."""
-    for indices in torch.arange(len(split.labels)).split(batch_size):
+    for indices in torch.split(torch.arange(len(split.labels)), batch_size):
         yield split.fetch(indices), split.labels[indices]
 
 
@@ -153,7 +153,9 @@ def augment(images: Tensor, *, seed: int, mirror: bool) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _packaged_table(package: str, install: str, name: str) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def _packaged_table(
+    package: str, install: str, name: str
+) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     """A table shipped inside a package, read without importing it: imports there cost seconds, and
     scikit-learn's would map a second OpenMP runtime into the process."""
     spec = importlib.util.find_spec(package)
@@ -197,7 +199,7 @@ def _digit_data(
 def _stratified(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(mix_seed(seed, "split"))
     train, test = [], []
-    for label in labels.unique().tolist():
+    for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)]
         count = max(1, round(len(members) * held_out))
@@ -237,7 +239,9 @@ def _folder_data(root: Path, *, image_size: int, channels: int, seed: int) -> Im
 
 def _listing(root: Path, wanted: str) -> tuple[tuple[str, ...], list[Path], Tensor]:
     try:
-        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        folders = sorted(
+            entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        )
         files = {
             folder.name: sorted(p for p in folder.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
             for folder in folders
@@ -249,7 +253,9 @@ def _listing(root: Path, wanted: str) -> tuple[tuple[str, ...], list[Path], Tens
     empty = [name for name, found in files.items() if not found]
     if len(files) < 2 or empty:
         got = f"no images in {', '.join(empty)}" if empty else f"{len(files)} subfolders"
-        raise SparsePropError(f"the data folder {root} has {got}; {wanted} and at least two classes with images")
+        raise SparsePropError(
+            f"the data folder {root} has {got}; {wanted} and at least two classes with images"
+        )
     paths = [path for found in files.values() for path in found]
     labels = [index for index, found in enumerate(files.values()) for _ in found]
     return tuple(files), paths, torch.tensor(labels)

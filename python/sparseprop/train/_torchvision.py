@@ -6,6 +6,7 @@ and transforms use neither.
 """
 
 from types import ModuleType
+from typing import cast
 
 import torch
 
@@ -24,7 +25,7 @@ def import_torchvision_models() -> ModuleType:
         from torchvision import models
     except ImportError as error:
         raise SparsePropError(_advice("torchvision", error)) from error
-    return models  # type: ignore[no-any-return]
+    return cast(ModuleType, models)
 
 
 def import_timm() -> ModuleType:
@@ -34,21 +35,21 @@ def import_timm() -> ModuleType:
         import timm
     except ImportError as error:
         raise SparsePropError(_advice("timm", error)) from error
-    return timm  # type: ignore[no-any-return]
+    return cast(ModuleType, timm)
 
 
 def _declare_operators() -> None:
     if _declared:
         return
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(name + _SIGNATURE)
+            library.define(name + _SIGNATURE)  # type: ignore[no-untyped-call]
     _declared.append(library)
 
 
 def _advice(package: str, error: ImportError) -> str:
     return (
-        f"named models need {package}, which cannot be imported ({error}); run `pip install {package}` with the "
-        "constraints that fit this torch, or use the built-in model `small`"
+        f"named models need {package}, which cannot be imported ({error}); run `pip install {package}` with "
+        "the constraints that fit this torch, or use the built-in model `small`"
     )

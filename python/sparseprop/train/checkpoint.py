@@ -50,7 +50,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SparsePropError(f"the folder {path} cannot be made: {error.strerror}; choose another.") from error
+        raise SparsePropError(
+            f"the folder {path} cannot be made: {error.strerror}; choose another."
+        ) from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
@@ -72,8 +74,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         intact = False
     if not intact:
         raise SparsePropError(
-            f"the checkpoint {path} is corrupted: its checksum does not fit what it holds; expected the file as it "
-            "was written; restore it from a copy"
+            f"the checkpoint {path} is corrupted: its checksum does not fit what it holds; expected the file "
+            "as it was written; restore it from a copy"
         )
     return checkpoint.state_dict, note
 
@@ -88,5 +90,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(
+            tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, value
+        )
     return value

@@ -90,7 +90,9 @@ class FinetuneConfig:
         except SparsePropError:
             raise
         except (ValueError, TypeError) as error:
-            raise SparsePropError(f"{where} is not the configuration of a run: {error}; start a new run") from error
+            raise SparsePropError(
+                f"{where} is not the configuration of a run: {error}; start a new run"
+            ) from error
 
 
 def _check(fits: bool, name: str, got: object, wanted: str) -> None:

@@ -1,4 +1,4 @@
-"""The training loop of one phase. Everything in it follows from the seed and the step, nothing from the clock."""
+"""The training loop of one phase: all of it follows from the seed and the step, nothing from the clock."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -105,7 +105,8 @@ def train_phase(config: FinetuneConfig, phase: Phase, data: ImageData, state: St
 
 def make_optimizer(config: FinetuneConfig, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, or AdamW. Biases and norms do not decay; sparse values, though 1-D, do."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             (kept if isinstance(module, _NORMS) or name == "bias" else decayed).append(parameter)
@@ -170,10 +171,10 @@ def _train_step(
     value = loss.item()
     if not math.isfinite(value):
         raise SparsePropError(
-            f"the loss became {value} at step {state.step} of {phase.name}; expected a finite number; lower the "
-            f"learning rate (now {config.learning_rate:g})"
+            f"the loss became {value} at step {state.step} of {phase.name}; expected a finite number; lower "
+            f"the learning rate (now {config.learning_rate:g})"
         )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
     _apply_masks(state)
     return value
@@ -196,7 +197,14 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _report_step(
-    phase: Phase, state: State, steps: int, loss: float, hooks: Hooks, *, epoch_ends: bool, config: FinetuneConfig
+    phase: Phase,
+    state: State,
+    steps: int,
+    loss: float,
+    hooks: Hooks,
+    *,
+    epoch_ends: bool,
+    config: FinetuneConfig,
 ) -> None:
     sparsity = sparsity_of(state.masks) if state.masks and phase.kind == "prune" else None
     if state.step % _LOG_EVERY == 0 or epoch_ends:
@@ -208,5 +216,7 @@ def _report_step(
 
 def _report_epoch(phase: Phase, state: State, steps: int, data: ImageData, hooks: Hooks) -> None:
     accuracy, loss = evaluate(state.model, data)
-    hooks.record({"kind": "test", "phase": phase.name, "step": state.step, "loss": loss, "accuracy": accuracy})
+    hooks.record(
+        {"kind": "test", "phase": phase.name, "step": state.step, "loss": loss, "accuracy": accuracy}
+    )
     hooks.progress(Progress(phase.name, state.step, steps, loss=loss, accuracy=accuracy))

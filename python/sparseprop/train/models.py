@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -129,9 +128,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
         make = import_torchvision_models().get_model
         return cast(nn.Module, make(name, weights=None, num_classes=spec.num_classes))
     make = import_timm().create_model
-    return cast(
-        nn.Module, make(name, pretrained=False, num_classes=spec.num_classes, in_chans=spec.channels)
-    )
+    return cast(nn.Module, make(name, pretrained=False, num_classes=spec.num_classes, in_chans=spec.channels))
 
 
 def default_image_size(arch: str) -> int:
@@ -150,5 +147,9 @@ def _known_names(library: str) -> set[str]:
         models = import_torchvision_models()
         inside = (models.detection, models.segmentation, models.video, models.optical_flow)
         others = {name for module in inside for name in models.list_models(module=module)}
-        return set(models.list_models()) - others - {n for n in models.list_models() if n.startswith("quantized")}
+        return (
+            set(models.list_models())
+            - others
+            - {n for n in models.list_models() if n.startswith("quantized")}
+        )
     return set(import_timm().list_models())

@@ -62,8 +62,8 @@ def prunable_layers(model: nn.Module, *, num_classes: int) -> dict[str, nn.Modul
     }
     if not layers:
         raise SparsePropError(
-            f"the model has nothing to prune or swap: {len(plain)} plain Linear and Conv layers, none besides the "
-            "first and the classifier; use a deeper model"
+            f"the model has nothing to prune or swap: {len(plain)} plain Linear and Conv layers, none "
+            "besides the first and the classifier; use a deeper model"
         )
     return layers
 

@@ -71,9 +71,11 @@ def write_report(
     *,
     dense: nn.Module,
     sparse: nn.Module,
+    masked: nn.Module,
 ) -> FinetuneResult:
-    """Time both models, write the model file, the plots and, last of all, ``result.json``."""
-    plan = SwapPlan.from_json((folder / "plan.json").read_text())
+    """Time both models and the layers of the ``masked`` one, which is the sparse one before its swap; write
+    the model file, the plots and, last of all, ``result.json``."""
+    plan = _measured(SwapPlan.from_json((folder / "plan.json").read_text()), masked, config, spec)
     result = FinetuneResult(
         folder=folder,
         accuracy_dense=notes["dense"]["accuracy"],
@@ -100,11 +102,10 @@ def step_times(
     """Time whole training steps (forward, loss, backward, optimizer) of copies of both models, in turn."""
     indices = torch.arange(min(config.batch_size, len(data.train.labels)))
     images, labels = data.train.fetch(indices), data.train.labels[indices]
-    last = torch.channels_last
     steps = {
         "dense_nchw": _step(config, copy.deepcopy(dense), images, labels),
         "dense_channels_last": _step(
-            config, copy.deepcopy(dense).to(memory_format=last), images.to(memory_format=last), labels
+            config, _channels_last(dense), images.to(memory_format=torch.channels_last), labels
         ),
         "sparse": _step(config, copy.deepcopy(sparse), images, labels),
     }
@@ -150,15 +151,34 @@ def _step(config: FinetuneConfig, model: nn.Module, images: Tensor, labels: Tens
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
 
 
+def _channels_last(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _measured(plan: SwapPlan, masked: nn.Module, config: FinetuneConfig, spec: ModelSpec) -> SwapPlan:
+    """The plan as it was obeyed, with measured times in place of estimated ones."""
+    example = torch.zeros(config.batch_size, spec.channels, spec.image_size, spec.image_size)
+    choices = {layer.name: layer for layer in plan}
+    timed = sparseprop.plan(masked, example, filter_fn=lambda _, name: choices[name].sparse_ms is not None)
+    return SwapPlan(
+        tuple(
+            dataclasses.replace(choices[layer.name], dense_ms=layer.dense_ms, sparse_ms=layer.sparse_ms)
+            for layer in timed
+        )
+    )
+
+
 def _planned_sparsity(plan: SwapPlan) -> float:
     """The share of zeros over the layers that became sparse."""
-    sizes = [(torch.Size(layer.shape).numel(), layer.sparsity or 0.0) for layer in plan if layer.choice == "sparse"]
+    sizes = [
+        (torch.Size(layer.shape).numel(), layer.sparsity or 0.0) for layer in plan if layer.choice == "sparse"
+    ]
     return sum(size * sparsity for size, sparsity in sizes) / sum(size for size, _ in sizes)
 
 

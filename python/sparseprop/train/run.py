@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,14 @@ from torch import Tensor, nn
 
 from sparseprop.data import ImageData, load_data, mix_seed
 from sparseprop.errors import SparsePropError
-from sparseprop.train.checkpoint import append_line, load_tensors, make_folder, remove_partials, save_tensors, write_text
+from sparseprop.train.checkpoint import (
+    append_line,
+    load_tensors,
+    make_folder,
+    remove_partials,
+    save_tensors,
+    write_text,
+)
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.loop import Hooks, Progress, State, make_optimizer, train_phase
 from sparseprop.train.models import ModelSpec, build_model
@@ -22,11 +28,10 @@ from sparseprop.train.phases import START, Phase, phases_of, source_of
 from sparseprop.train.prune import prunable_layers, sparsity_of
 from sparseprop.train.report import FinetuneResult, write_report
 from sparseprop.train.start import prepare_start
-from sparseprop.train.swapping import swap_pruned
+from sparseprop.train.swapping import swap_pruned, with_masks
 
-__all__ = ["finetune", "resume"]
+__all__ = ["default_folder", "finetune", "resume"]
 
-_log = logging.getLogger(__name__)
 _MASK, _MODEL = "mask::", "model::"
 Watcher = Callable[[Progress], None]
 
@@ -44,13 +49,20 @@ def finetune(config: FinetuneConfig | None = None, *, progress: Watcher | None =
     True
     """
     config = config or FinetuneConfig()
-    folder = Path(config.out) if config.out else Path("runs", time.strftime("finetune-%Y%m%d-%H%M%S"))
+    folder = Path(config.out) if config.out else default_folder()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SparsePropError(f"the run folder {folder} exists and is not empty; choose another or resume that run")
+        raise SparsePropError(
+            f"the run folder {folder} exists and is not empty; choose another or resume that run"
+        )
     config = dataclasses.replace(config, out=str(folder), threads=config.threads or torch.get_num_threads())
     with _settings(config):
         job = _prepare(config, folder, progress)
         return job.run()
+
+
+def default_folder() -> Path:
+    """Where a run goes that was not told: a folder named after the time."""
+    return Path("runs", time.strftime("finetune-%Y%m%d-%H%M%S"))
 
 
 def resume(folder: str | Path, *, progress: Watcher | None = None) -> FinetuneResult:
@@ -60,7 +72,9 @@ def resume(folder: str | Path, *, progress: Watcher | None = None) -> FinetuneRe
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise SparsePropError(f"{folder} holds no run to resume: it has no config.json; give the folder of a run")
+        raise SparsePropError(
+            f"{folder} holds no run to resume: it has no config.json; give the folder of a run"
+        )
     if (folder / "result.json").is_file():
         raise SparsePropError(f"the run {folder} is finished: it has a result.json; start a new run instead")
     text = (folder / "config.json").read_text()
@@ -109,7 +123,16 @@ class _Job:
         sparse, _ = self.model_at("sparse", "sparse")
         dense, _ = self.model_at("dense", "dense")
         self.watch(Progress("report", 0, 1, message="timing steps, dense and sparse in turn"))
-        return write_report(self.config, self.folder, self.spec, self.target, notes, dense=dense, sparse=sparse)
+        return write_report(
+            self.config,
+            self.folder,
+            self.spec,
+            self.target,
+            notes,
+            dense=dense,
+            sparse=sparse,
+            masked=self.masked_model(),
+        )
 
     def run_phase(self, phase: Phase, before: Mapping[str, Any]) -> None:
         data = self.data_of(phase)
@@ -134,8 +157,19 @@ class _Job:
         note = self.note(phase, state, metrics, clock) | {"accuracy": accuracy}
         save_tensors(self.phase_file(phase.name), tensors, note)
 
+    def masked_model(self) -> nn.Module:
+        """What the sparse phase starts with, before the swap."""
+        model, masks = self.model_at(next(p.parent for p in self.phases if p.kind == "sparse"), "dense")
+        with_masks(model, masks)
+        return model
+
     def note(self, phase: Phase, state: State, metrics: "_Metrics", clock: "_Clock") -> dict[str, Any]:
-        where = {"phase": phase.name, "step": state.step, "records": metrics.count, "seconds": clock.seconds()}
+        where = {
+            "phase": phase.name,
+            "step": state.step,
+            "records": metrics.count,
+            "seconds": clock.seconds(),
+        }
         return where | {"initial_sparsity": state.initial_sparsity, "spec": dataclasses.asdict(self.spec)}
 
     def phase_file(self, name: str) -> Path:

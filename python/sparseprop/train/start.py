@@ -76,7 +76,9 @@ def read_checkpoint(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(name, "model.safetensors") if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        raise SparsePropError(f"there is no checkpoint {path}; expected a .safetensors or .pt file; check the path")
+        raise SparsePropError(
+            f"there is no checkpoint {path}; expected a .safetensors or .pt file; check the path"
+        )
     if path.suffix == ".safetensors":
         return load_tensors(path)
     try:
@@ -84,8 +86,8 @@ def read_checkpoint(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise SparsePropError(
-            f"the checkpoint {path} is corrupted, truncated, or no state dict ({reason}); expected tensors by name; "
-            "save model.state_dict() again"
+            f"the checkpoint {path} is corrupted, truncated, or no state dict ({reason}); expected tensors "
+            "by name; save model.state_dict() again"
         ) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -117,11 +119,13 @@ def load_model(
             "pass the architecture it was saved from"
         )
     fresh = [key for key in own if own[key].shape != tensors[key].shape]
-    if len({key.rpartition(".")[0] for key in fresh}) > 1 or any(own[k].shape[1:] != tensors[k].shape[1:] for k in fresh):
+    if len({key.rpartition(".")[0] for key in fresh}) > 1 or any(
+        own[k].shape[1:] != tensors[k].shape[1:] for k in fresh
+    ):
         key = fresh[0]
         raise SparsePropError(
-            f"{where} does not fit the architecture {spec.arch}: {key} is {tuple(tensors[key].shape)}, expected "
-            f"{tuple(own[key].shape)}; pass the architecture it was saved from"
+            f"{where} does not fit the architecture {spec.arch}: {key} is {tuple(tensors[key].shape)}, "
+            f"expected {tuple(own[key].shape)}; pass the architecture it was saved from"
         )
     model.load_state_dict(tensors | {key: own[key] for key in fresh})
     for name, module in model.named_modules():
@@ -131,7 +135,9 @@ def load_model(
     return model, masks
 
 
-def _sparse_parts(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _sparse_parts(
+    model: nn.Module, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Dense weights under their dense names, and the masks of layers that were sparse or pruned by torch."""
     dense, masks = dict(tensors), {}
     for key in tensors:
@@ -154,7 +160,7 @@ def _arch(config: FinetuneConfig, note: dict[str, Any]) -> str:
     arch = config.arch or note.get("spec", {}).get("arch")
     if not arch:
         raise SparsePropError(
-            f"{config.model} does not say which architecture it holds; pass it, such as arch torchvision:resnet50"
+            f"{config.model} does not say which architecture it holds; pass it, such as torchvision:resnet50"
         )
     return str(arch)
 
@@ -174,4 +180,6 @@ def _require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise SparsePropError("plots need matplotlib; run `pip install matplotlib`, or turn plots off") from error
+        raise SparsePropError(
+            "plots need matplotlib; run `pip install matplotlib`, or turn plots off"
+        ) from error

@@ -35,13 +35,15 @@ def swap_pruned(
     model = sparseprop.swap_modules(model, plan=plan)
     left = {name: mask for name, mask in masks.items() if name not in plan.sparse_names}
     for name in left:
-        prune.remove(model.get_submodule(name), "weight")
+        prune.remove(model.get_submodule(name), "weight")  # type: ignore[no-untyped-call]
     return model, left
 
 
-def check_swap(model: nn.Module, layers: Mapping[str, nn.Module], config: FinetuneConfig, spec: ModelSpec) -> None:
-    """Raise `SparsePropError` if the plan would swap nothing once ``layers`` are pruned: better now than after
-    hours of training. Measurements are left for later."""
+def check_swap(
+    model: nn.Module, layers: Mapping[str, nn.Module], config: FinetuneConfig, spec: ModelSpec
+) -> None:
+    """Raise `SparsePropError` if the plan would swap nothing once ``layers`` are pruned: better now than
+    after hours of training. Measurements are left for later."""
     trial = copy.deepcopy(model)
     weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     with_masks(trial, magnitude_masks(weights, config.sparsity, scope=config.scope))
@@ -51,16 +53,14 @@ def check_swap(model: nn.Module, layers: Mapping[str, nn.Module], config: Finetu
 def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Attach masks the way torch's own pruning does, so that a kept weight that is zero stays kept."""
     for name, mask in masks.items():
-        prune.custom_from_mask(model.get_submodule(name), "weight", mask)
+        prune.custom_from_mask(model.get_submodule(name), "weight", mask)  # type: ignore[no-untyped-call]
 
 
 def planned(
     model: nn.Module, names: Mapping[str, object], config: FinetuneConfig, spec: ModelSpec
 ) -> SwapPlan:
     """The plan for the layers called ``names``: measured, by least sparsity, or by the cost model."""
-    example = None
-    if config.measure:
-        example = torch.zeros(config.batch_size, spec.channels, spec.image_size, spec.image_size)
+    example = torch.zeros(config.batch_size, spec.channels, spec.image_size, spec.image_size)
     return sparseprop.plan(
         model,
         example,
@@ -75,6 +75,6 @@ def _require_sparse(plan: SwapPlan) -> None:
         return
     reasons = sorted({layer.reason for layer in plan if layer.reason != "filter_fn said no"})
     raise SparsePropError(
-        f"no layer of the model would become sparse ({'; '.join(reasons[:3])}); expected at least one; ask for a "
-        "higher sparsity, or force the swap with a min_sparsity below it"
+        f"no layer of the model would become sparse ({'; '.join(reasons[:3])}); expected at least one; ask "
+        "for a higher sparsity, or force the swap with a min_sparsity below it"
     )
