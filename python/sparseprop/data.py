@@ -215,6 +215,8 @@ def _folder_data(root: Path, *, image_size: int, channels: int, seed: int) -> Im
         raise SparsePropError(
             f"the data folder {root} is {found}; {wanted}, or a built-in set: {', '.join(BUILT_IN)}"
         )
+    if importlib.util.find_spec("PIL") is None:
+        raise SparsePropError("image folders need Pillow, which is not installed; run `pip install pillow`")
     parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
     held_out = parts.get("val", parts.get("test"))
     if "train" in parts and held_out is not None:

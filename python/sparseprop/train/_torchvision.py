@@ -25,7 +25,7 @@ def import_torchvision_models() -> ModuleType:
         from torchvision import models
     except ImportError as error:
         raise SparsePropError(_advice("torchvision", error)) from error
-    return cast(ModuleType, models)
+    return models
 
 
 def import_timm() -> ModuleType:

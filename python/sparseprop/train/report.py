@@ -26,6 +26,8 @@ from sparseprop.train.models import ModelSpec
 
 __all__ = ["FinetuneResult", "StepTimes", "environment", "parameter_bytes", "step_times", "write_report"]
 
+_TIMING_S = 10.0  # for the steps of dense and sparse together
+
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -97,7 +99,7 @@ def write_report(
 
 
 def step_times(
-    config: FinetuneConfig, data: ImageData, *, dense: nn.Module, sparse: nn.Module, budget_s: float = 10.0
+    config: FinetuneConfig, data: ImageData, *, dense: nn.Module, sparse: nn.Module
 ) -> StepTimes:
     """Time whole training steps (forward, loss, backward, optimizer) of copies of both models, in turn."""
     indices = torch.arange(min(config.batch_size, len(data.train.labels)))
@@ -109,7 +111,7 @@ def step_times(
         ),
         "sparse": _step(config, copy.deepcopy(sparse), images, labels),
     }
-    times = compare(steps, budget_s=budget_s, min_rounds=5, max_rounds=30)
+    times = compare(steps, budget_s=_TIMING_S, min_rounds=5, max_rounds=30)
     best = times.fastest("dense_nchw", "dense_channels_last")
     return StepTimes(
         batch_size=len(indices),
