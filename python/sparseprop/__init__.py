@@ -2,6 +2,7 @@
 
 from sparseprop import masks, nn
 from sparseprop.backend import active_isa, available_isas
+from sparseprop.conversion import ConversionReport, convert
 from sparseprop.errors import SparsePropError
 from sparseprop.pattern import SparsityPattern
 from sparseprop.swap.plan import LayerPlan, SwapPlan
@@ -10,12 +11,14 @@ from sparseprop.swap.replace import swap_modules, to_dense
 from sparseprop.swap.state import dense_state_dict, swap_like
 
 __all__ = [
+    "ConversionReport",
     "LayerPlan",
     "SparsePropError",
     "SparsityPattern",
     "SwapPlan",
     "active_isa",
     "available_isas",
+    "convert",
     "dense_state_dict",
     "masks",
     "nn",
