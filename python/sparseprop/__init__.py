@@ -5,6 +5,7 @@ from sparseprop.backend import active_isa, available_isas
 from sparseprop.conversion import ConversionReport, convert
 from sparseprop.errors import SparsePropError
 from sparseprop.pattern import SparsityPattern
+from sparseprop.swap.masking import decouple_decay, freeze_modules, mask_modules
 from sparseprop.swap.plan import LayerPlan, SwapPlan
 from sparseprop.swap.planner import plan
 from sparseprop.swap.replace import swap_modules, to_dense
@@ -19,7 +20,10 @@ __all__ = [
     "active_isa",
     "available_isas",
     "convert",
+    "decouple_decay",
     "dense_state_dict",
+    "freeze_modules",
+    "mask_modules",
     "masks",
     "nn",
     "plan",
