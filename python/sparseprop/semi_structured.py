@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparseprop import semi_structured_backend
 from sparseprop.errors import SparsePropError
 from sparseprop.masks import NMPattern, check_nm, pattern_mask
-from sparseprop.semi_structured_backend import Backend, shape_misfit, torch_backend
+from sparseprop.semi_structured_backend import Backend, shape_misfit
 
 __all__ = ["DTYPES", "SemiStructuredLinear", "best_mask"]
 
@@ -80,7 +81,7 @@ class SemiStructuredLinear(nn.Module):
         Raises SparsePropError for other dtypes, a shape or mask that does not fit, and other patterns.
         """
         weight, bias = module.weight.detach(), module.bias
-        backend = backend or torch_backend()
+        backend = backend or semi_structured_backend.torch_backend()
         layer = cls(
             module.in_features,
             module.out_features,
@@ -107,7 +108,8 @@ class SemiStructuredLinear(nn.Module):
             if layer.bias is not None:
                 layer.bias.copy_(bias)
                 layer.bias.requires_grad_(bias.requires_grad)
-        layer.weight.requires_grad_(module.weight.requires_grad)
+        original = getattr(module, "weight_orig", module.weight)
+        layer.weight.requires_grad_(original.requires_grad)
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class SemiStructuredLinear(nn.Module):
         if known is not None and known[0] == state:
             return known[1]
         if self._backend is None:
-            self._backend = torch_backend()
+            self._backend = semi_structured_backend.torch_backend()
         kept = torch.where(self.mask, self.weight.detach(), 0.0)
         matrix = kept if side == "forward" else kept.t()
         found = self._backend.compress(matrix.contiguous())

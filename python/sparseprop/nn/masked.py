@@ -62,7 +62,8 @@ class MaskedLayer(nn.Module):
         >>> layer.nnz, layer.density
         (16, 0.5)
         """
-        weight, _ = dense_source(module, cls._dense_type)
+        weight, pruned = dense_source(module, cls._dense_type)
+        weight = weight if pruned is None else weight * pruned
         rule = MaskRule(pattern) if isinstance(pattern, str) else pattern
         if rule is None and mask is None:
             raise SparsePropError(
@@ -76,7 +77,9 @@ class MaskedLayer(nn.Module):
             if layer.bias is not None and isinstance(bias, Tensor):
                 layer.bias.copy_(bias)
                 layer.bias.requires_grad_(bias.requires_grad)
-        layer.weight.requires_grad_(module.get_parameter("weight").requires_grad)
+        original = getattr(module, "weight_orig", module.weight)
+        assert isinstance(original, Tensor)
+        layer.weight.requires_grad_(original.requires_grad)
         layer.set_mask(layer._best_mask() if mask is None else finished_mask(weight, mask))
         return layer.train(module.training)
 
@@ -120,14 +123,14 @@ class MaskedLayer(nn.Module):
         return straight_through(self.weight, self.mask, 0.0 if self.rule.decoupled else self.rule.decay)
 
     def _count_update(self) -> None:
-        version = self.weight._version
-        if self._seen is None or version == self._seen:
-            self._seen = version
-            return
-        self._seen = version
-        self.mask_age += 1
+        self.mask_age += self._pending()
+        self._seen = self.weight._version
         if self.rule is not None and self.mask_age >= (self.rule.every or 0):
             self.refresh()
+
+    def _pending(self) -> int:
+        """1 if the weight was updated since the last forward pass."""
+        return int(self._seen is not None and self._seen != self.weight._version)
 
     @property
     def nnz(self) -> int:
@@ -158,7 +161,7 @@ class MaskedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "mask_age"] = torch.tensor(self.mask_age)
+        destination[prefix + "mask_age"] = torch.tensor(self.mask_age + self._pending())
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -174,7 +177,8 @@ class MaskedLayer(nn.Module):
             self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_seen": None}  # versions mean nothing to a copy
+        age = self.mask_age + self._pending()
+        return self.__dict__ | {"_seen": None, "mask_age": age}  # versions mean nothing to a copy
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
