@@ -228,10 +228,13 @@ def test_diverged_loss_is_an_error_with_advice(tmp_path: Path) -> None:
 
 
 def test_library_leaves_threads_and_global_generator_alone(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
     torch.manual_seed(7)
     expected = torch.Generator().manual_seed(7)
-    finetune(small_job(tmp_path / "run", threads=2))
-    assert torch.get_num_threads() == 1
+    seen = set()
+    finetune(small_job(tmp_path / "run"), progress=lambda _: seen.add(torch.get_num_threads()))
+    assert seen == {1}
+    assert torch.get_num_threads() == 2
     assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))
 
 
