@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import sparseprop
 import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import sparseprop
 from job_cases import image_folder
 from sparseprop.checkpoint import save_checkpoint
 from sparseprop.cli import app
 from sparseprop.masks import nm_mask
 from sparseprop.train import Progress, loop, report
-from torch import nn
-from typer.testing import CliRunner
 
 SMALL = (
     "finetune --model small:8 --source none --image-size 8 --min-sparsity 0.5 --prune-epochs 1 --epochs 1 "
@@ -72,7 +73,7 @@ def used_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "command", "message"),
     [
-        (nothing, "finetune --model resnet5", "unknown model 'resnet5'; expected small, a timm or torchvision name"),
+        (nothing, "finetune --model resnet5", "unknown model 'resnet5'; expected small, a timm or"),
         (nothing, "plan resnet5", "did you mean resnet50"),
         (nothing, "finetune --data no/such", "the data folder no/such is missing"),
         (empty_data, "finetune --data pets", "the data folder pets has 0 subfolders; expected one subfolder"),
@@ -177,7 +178,7 @@ def test_full_disk_is_one_sentence_and_leaves_whole_files(
         assert call("finetune --resume run")[0] == 0
 
 
-def test_full_disk_while_metrics_grow_keeps_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_on_a_full_disk_keep_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path_open = Path.open
 
     def full(path: Path, mode: str = "r", **rest: object) -> object:

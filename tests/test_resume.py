@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 import sparseprop
 import sparseprop.checkpoint as files
 from job_cases import same_tensors, small_job
@@ -149,8 +150,11 @@ def test_resume_needs_a_run_that_is_not_finished(whole: FinetuneResult, tmp_path
             resume(folder)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "config"])
-def test_damaged_run_is_refused(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("truncate", "cannot be read"), ("flip", "checksum"), ("config", "is not the configuration of a run")],
+)
+def test_damaged_run_is_refused(tmp_path: Path, damage: str, message: str) -> None:
     with pytest.raises(Killed):
         finetune(small_job(tmp_path / "run"), progress=kill_at("prune", 7))
     path = tmp_path / "run" / ("config.json" if damage == "config" else "checkpoint.safetensors")
@@ -158,11 +162,8 @@ def test_damaged_run_is_refused(tmp_path: Path, damage: str) -> None:
     if damage == "flip":
         content[-5] ^= 1
     path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    with pytest.raises(SparsePropError) as error:
+    with pytest.raises(SparsePropError, match=message):
         resume(tmp_path / "run")
-    assert {"truncate": "cannot be read", "flip": "checksum", "config": "is not the configuration"}[damage] in str(
-        error.value
-    )
 
 
 def test_new_run_refuses_a_used_folder(whole: FinetuneResult, tmp_path: Path) -> None:

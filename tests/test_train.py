@@ -1,12 +1,15 @@
-"""A job from configuration to result: schedules, masks, phases, files, and what is refused before it starts."""
+"""A job from configuration to result: schedules, masks, phases, files, and what is refused at once."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sparseprop
 import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import sparseprop
 from job_cases import REFUSED_OPTIONS, image_folder, small_job
 from sparseprop.checkpoint import load_checkpoint
 from sparseprop.data import load_data
@@ -16,9 +19,7 @@ from sparseprop.train import FinetuneConfig, ModelSpec, Progress, build_model, f
 from sparseprop.train.loop import make_optimizer, rate_at
 from sparseprop.train.phases import phases_of
 from sparseprop.train.plots import write_plots
-from sparseprop.train.prune import CubicSchedule, magnitude_masks, prunable_layers, sparsity_of
-from torch import nn
-from torch.nn.utils import prune
+from sparseprop.train.prune import CubicSchedule, magnitude_masks, prunable_layers
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +135,8 @@ def test_saved_model_is_sparse_and_gives_the_reported_accuracy(tmp_path: Path) -
     state = load_checkpoint(tmp_path / "run" / "model.safetensors").state_dict
     model = sparseprop.swap_like(build_model(ModelSpec("small:8", 10, 1, 8)), state)
     model.load_state_dict(state)
-    assert sum(isinstance(module, SparseLayer) for module in model.modules()) == len(result.plan.sparse_names) == 8
+    sparse = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    assert len(sparse) == len(result.plan.sparse_names) == 8
     test = load_data("digits", image_size=8, channels=1).test
     model.eval()
     with torch.no_grad():
@@ -188,7 +190,8 @@ def test_state_dict_of_torch_is_a_model(tmp_path: Path, masked: bool) -> None:
 def test_named_timm_model_runs(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     data = image_folder(tmp_path / "pets", count=5)
-    job = small_job(tmp_path / "run", model="timm:test_resnet", data=str(data), image_size=32, optimizer="adamw")
+    changes = {"model": "timm:test_resnet", "image_size": 32, "optimizer": "adamw"}
+    job = small_job(tmp_path / "run", data=str(data), **changes)
     assert finetune(job).plan.sparse_names
 
 
