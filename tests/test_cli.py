@@ -119,7 +119,8 @@ def test_finetune_runs_logs_lines_and_sums_up() -> None:
     assert status == 0
     assert "held-out accuracy" in out
     assert "everything is in run" in out
-    assert [line.split()[2] for line in err.splitlines()] == ["prune", "dense", "dense", "sparse", "report"]
+    phases = ["prune", "dense", "dense", "sparse", "report", "report"]
+    assert [line.split()[2] for line in err.splitlines()] == phases
     assert json.loads(Path("run/result.json").read_text())["accuracy"]["sparse"] > 0.2
     status, _, err = call("finetune --resume run")
     assert status == 2

@@ -141,7 +141,6 @@ def _layers(result: FinetuneResult) -> Any:
 
 
 def _cells(layer: LayerPlan) -> list[str]:
-    reason = layer.reason if layer.reason != "filter_fn said no" else "first layer or classifier: not pruned"
     return [
         layer.name or "(model)",
         layer.kind,
@@ -150,5 +149,5 @@ def _cells(layer: LayerPlan) -> list[str]:
         layer.choice,
         "" if layer.dense_ms is None else f"{layer.dense_ms:.2f}",
         "" if layer.sparse_ms is None else f"{layer.sparse_ms:.2f}",
-        reason,
+        layer.reason,
     ]

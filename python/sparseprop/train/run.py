@@ -123,7 +123,7 @@ class _Job:
         sparse, _ = self.model_at("sparse", "sparse")
         dense, _ = self.model_at("dense", "dense")
         self.watch(Progress("report", 0, 1, message="timing steps, dense and sparse in turn"))
-        return write_report(
+        result = write_report(
             self.config,
             self.folder,
             self.spec,
@@ -133,6 +133,8 @@ class _Job:
             sparse=sparse,
             masked=self.masked_model(),
         )
+        self.watch(Progress("report", 1, 1, message="written"))
+        return result
 
     def run_phase(self, phase: Phase, before: Mapping[str, Any]) -> None:
         data = self.data_of(phase)
