@@ -1,4 +1,4 @@
-"""Choosing an implementation, and comparing a sparse layer with its dense twin in float64, element by element, within an error budget."""
+"""Choosing an implementation; comparing a sparse layer with its dense twin, within an error budget."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -6,8 +6,9 @@ from copy import deepcopy
 from itertools import product
 
 import torch
-from sparseprop import backend as backends
 from torch import Tensor, nn
+
+from sparseprop import backend as backends
 
 
 def _native_isas() -> tuple[str, ...]:

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from checks import BACKENDS, running
 
-# torchvision's compiled operators need CUDA's runtime and do not load beside a CPU torch; declaring the two that its
-# Python code registers fake kernels for lets it, and all that import it, load. Kept alive for the whole run.
+# torchvision's compiled operators need CUDA's runtime and do not load beside a CPU torch. Declaring the two
+# that its Python code registers fake kernels for lets it, and all that import it, load. Kept for the whole run.
 _VISION = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):
     _VISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -16,39 +16,27 @@ class ModelCase:
     layers: int
 
 
-def _images() -> tuple[torch.Tensor, ...]:
-    return (torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)),)
+def _images(size: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+    return lambda: (torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1)),)
 
 
 def _tokens() -> tuple[torch.Tensor, ...]:
     return (torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(1)),)
 
 
-def _allow_torchvision() -> None:
-    """torchvision's own kernels want CUDA's libraries; its models do not, once these two names exist."""
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _allow_torchvision.library = library  # the names vanish with it
-
-
 def _resnet50() -> nn.Module:
-    _allow_torchvision()
     from torchvision.models import resnet50
 
     return resnet50(num_classes=10)
 
 
 def _mobilenet_v2() -> nn.Module:
-    _allow_torchvision()
     from torchvision.models import mobilenet_v2
 
     return mobilenet_v2(num_classes=10, dropout=0.0)
 
 
 def _vit_tiny() -> nn.Module:
-    _allow_torchvision()
     import timm
 
     return timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10)
@@ -59,28 +47,31 @@ class PooledBert(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        _allow_torchvision()
         from transformers import BertConfig, BertModel
 
-        sizes = {
-            "hidden_size": 128,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-        }
+        sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        self.bert = BertModel(BertConfig(vocab_size=100, max_position_embeddings=32, **sizes, **dropout))
+        self.bert = BertModel(BertConfig(vocab_size=100, num_attention_heads=4, **sizes, **dropout))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.bert(tokens).pooler_output
 
 
 MODELS = {
-    "resnet50": ModelCase(_resnet50, _images, 54),
-    "mobilenet_v2": ModelCase(_mobilenet_v2, _images, 34),
-    "vit_tiny": ModelCase(_vit_tiny, _images, 50),
+    "resnet50": ModelCase(_resnet50, _images(48), 54),
+    "mobilenet_v2": ModelCase(_mobilenet_v2, _images(48), 34),
+    "vit_tiny": ModelCase(_vit_tiny, _images(64), 50),
     "bert": ModelCase(PooledBert, _tokens, 25),
 }
+
+
+def smooth(model: nn.Module) -> nn.Module:
+    """The model with SiLU for ReLU: the gradient of ReLU jumps where float32 rounding crosses its kink."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ReLU | nn.ReLU6):
+                setattr(parent, name, nn.SiLU())
+    return model
 
 
 def prune_by_magnitude(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
+
 from cases import CONVS, SIZES, WRONG_CONV_INPUTS, WRONG_CONVS
 from checks import LAYOUTS, NEEDS, assert_right, in_order, run
 from sparseprop import SparsePropError
 from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d
-from torch import nn
-from torch.nn.utils import prune
 
 SPARSE = {1: SparseConv1d, 2: SparseConv2d, 3: SparseConv3d}
 DENSE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -152,7 +153,8 @@ def test_nm_patterns_are_checked_along_the_input_channels_at_each_kernel_positio
 def test_repr_shows_what_differs_from_the_defaults():
     layer = SparseConv2d.random(4, 6, 3, density=0.5, padding="same", groups=2)
     assert repr(layer) == (
-        "SparseConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), padding='same', groups=2, bias=True, nnz=54, density=0.5)"
+        "SparseConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), padding='same', groups=2, bias=True, "
+        "nnz=54, density=0.5)"
     )
 
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch import nn
+
 from cases import CONVS, WRONG_CONVS
 from sparseprop import SparsePropError
 from sparseprop.geometry import Geometry
-from torch import nn
 
 TORCH = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
+
 from cases import SIZES, WRONG_LINEAR_INPUTS
 from checks import LAYOUTS, NEEDS, assert_right, run
 from sparseprop import SparsePropError, SparsityPattern
 from sparseprop.nn import SparseLinear
-from torch import nn
-from torch.nn.utils import prune
 
 
 def random_layer(in_features=33, out_features=17, density=0.3, **options):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mask_cases import LAYOUTS, WEIGHTS, WRONG_PATTERNS, WRONG_SCORES, lay_out
-from sparseprop import SparsePropError
+from sparseprop import SparsePropError, _native
 from sparseprop.masks import (
     NMPattern,
     check_nm,
@@ -248,3 +248,39 @@ def test_random_masks_follow_given_counts():
         random_masks({"a": (4, 4)}, {"a": 17})
     with pytest.raises(SparsePropError, match=r"counts\['a'\] got None"):
         random_masks({"a": (4, 4)}, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": 2}, r"float32 \(0\) or float64 \(1\)"),
+        ({"m": 65}, "m must be from 1 to 64, got 65"),
+        ({"n": 0}, "n must be from 1 to m = 4, got 0"),
+        ({"shape": (1, -4, 4, 1)}, "negative size"),
+        ({"scores": 0}, "must have an address"),
+        ({"method": "magic"}, "method must be exact, greedy or greedy_fill, got magic"),
+        ({"row_dual": 64}, "give both duals or neither"),
+        ({"row_dual": 64, "col_dual": 64, "at_most": True}, "duals exist for the exact method"),
+        ({"row_dual": 64, "col_dual": 64, "shape": (1, 5, 4, 1)}, "duals exist for the exact method"),
+    ],
+)
+def test_the_native_border_refuses_what_it_could_not_survive(changes, message):
+    call = {
+        "method": "exact",
+        "at_most": False,
+        "dtype": 0,
+        "shape": (1, 4, 4, 1),
+        "n": 2,
+        "m": 4,
+        "dense_tail": False,
+        "scores": 64,
+        "scores_strides": (0, 4, 1, 1),
+        "mask": 64,
+        "mask_strides": (0, 4, 1, 1),
+        "row_dual": 0,
+        "col_dual": 0,
+    }
+    with pytest.raises(ValueError, match=message):
+        _native.transposable_nm_mask(**(call | changes))
+    with pytest.raises(ValueError, match="from 1 to"):
+        _native.nm_mask(0, (1, 4, 4, 1), 5, 4, False, 64, (0, 4, 1, 1), 64, (0, 4, 1, 1))

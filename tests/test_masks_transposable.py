@@ -66,7 +66,9 @@ def test_larger_tiles_equal_linear_programs(family, n, m, exact_count):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16), (16, 32), (8, 32), (5, 20), (32, 64), (8, 8)])
+@pytest.mark.parametrize(
+    ("n", "m"), [(2, 4), (4, 8), (8, 16), (16, 32), (8, 32), (3, 7), (5, 19), (32, 64), (8, 8)]
+)
 def test_dual_certificates_prove_optimality(family, n, m):
     scores = stack(tiles(family, 6, m, seed=2))
     mask, certificate = transposable_nm_mask(scores, n, m, return_duals=True)
@@ -200,6 +202,17 @@ def test_incomplete_tiles_keep_the_most_that_at_most_n_allows(family, exact_coun
     for region in regions(scores[None, :, :, None], 4):
         a, b, s = (to_tiles(region.of(x[None, :, :, None]), region.tile) for x in (mask, oracle, scores))
         torch.testing.assert_close(kept(s, a), kept(s, b), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"exact_count": False}, {"method": "greedy"}])
+@pytest.mark.parametrize("family", ["gaussian", "sparse", "zero"])
+def test_no_further_entry_fits_into_incomplete_tiles(family, options):
+    scores = tiles(family, 1, 11, seed=9)[0, :, :10]
+    planes = transposable_nm_mask(scores, 3, 4, **options)[None, :, :, None]
+    for region in regions(planes, 4):
+        tile = to_tiles(region.of(planes), region.tile)
+        open_rows, open_cols = tile.sum(2) < 3, tile.sum(1) < 3
+        assert not (open_rows.unsqueeze(2) & open_cols.unsqueeze(1) & ~tile).any()
 
 
 def test_tail_policies():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparseprop
 from sparseprop.errors import SparsePropError
 from sparseprop.swap.measure import InputSpec, capture
 from sparseprop.swap.planner import Planner, plan
@@ -118,6 +119,15 @@ def test_what_is_measured_is_what_will_run(enabled):
         Planner(timer=timer).plan(model, torch.ones(4, 8))
     assert spec.grad_enabled == enabled
     assert (spec.shape, spec.strides) == ((4, 8), (1, 4))
+
+
+def test_planning_and_swapping_work_in_inference_mode():
+    model = TwoLayers()
+    with torch.inference_mode():
+        plan(model, torch.ones(2, 128))
+        sparseprop.swap_modules(model, min_sparsity=0.5)
+    model(torch.ones(2, 128)).sum().backward()
+    assert model.used.weight_values.grad is not None
 
 
 def test_inputs_are_rebuilt_with_their_strides():

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
 from cases import CONVS
 from sparseprop import SparsePropError, SparsityPattern, ops
 from sparseprop.geometry import Geometry
-from torch.autograd import gradcheck, gradgradcheck
-from torch.library import opcheck
 
 GEOMETRIES = {
     "linear": (Geometry.linear(7, 5), ()),

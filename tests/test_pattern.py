@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+
 from cases import SIZES, WRONG_PATTERNS
 from sparseprop import SparsePropError, SparsityPattern
 

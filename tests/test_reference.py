@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from sparseprop import reference
 from torch.nn import functional
+
+from sparseprop import reference
 
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
@@ -64,7 +65,7 @@ def test_bfloat16_rounds_to_nearest_even_like_torch():
 
 def test_what_is_not_wanted_is_not_touched():
     mask = torch.ones(2, 3, 1, 1, 1, dtype=torch.bool)
-    x, values, grad = torch.randn(4, 3), torch.randn(6), torch.randn(4, 2)
+    values, grad = torch.randn(6), torch.randn(4, 2)
     grad_x = torch.empty(4, 3)
     strides, ones = (3, 1, 0, 0, 0), (1, 1, 1)
     contraction(mask).backward(

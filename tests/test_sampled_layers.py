@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass
 
 import torch
-from checks import BACKENDS, LAYOUTS, assert_right, running
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+
+from checks import BACKENDS, LAYOUTS, assert_right, running
 from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLinear
 
 EXAMPLES = int(os.environ.get("SPARSEPROP_EXAMPLES", "150"))

@@ -8,14 +8,67 @@
 
 namespace sparseprop::masks {
 
+// Two lanes, so that the search runs on vectors even where loops with conditional stores are left scalar.
+using Doubles = double __attribute__((vector_size(16)));
+using Integers = std::int64_t __attribute__((vector_size(16)));
+inline constexpr int kLanes = 2;
+
+template <typename Vector = Doubles, typename T>
+inline Vector load_lanes(const T* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename Vector, typename T>
+inline void store_lanes(Vector v, T* to) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// A closed node is never nearer than its distance, so it needs no test. Lengths below 0 are rounding.
+inline void relax(Doubles length, double dist, std::int64_t from, double* to, double* key, std::int64_t* parent) {
+  const Doubles zero = {};
+  const Doubles through = (length > zero ? length : zero) + dist;
+  const Doubles old = load_lanes(to);
+  const Integers nearer = through < old;
+  store_lanes(nearer ? through : old, to);
+  store_lanes(nearer ? through : load_lanes(key), key);
+  store_lanes(nearer ? Integers{} + from : load_lanes<Integers>(parent), parent);
+}
+
+// The lowest key; ties go to the lowest node.
+class Nearest {
+ public:
+  void scan(const double* keys, int size, int first) {
+    Integers index = {first, first + 1};
+    for (int k = 0; k < size; k += kLanes, index += kLanes) {
+      Doubles key = load_lanes(keys + k);
+      if (k + 1 == size) key[1] = std::numeric_limits<double>::infinity();  // an odd side ends in padding
+      const Integers less = key < best_;
+      best_ = less ? key : best_;
+      node_ = less ? index : node_;
+    }
+  }
+  int node() const {
+    const bool second = best_[1] < best_[0] || (best_[1] == best_[0] && node_[1] < node_[0]);
+    return static_cast<int>(node_[second ? 1 : 0]);
+  }
+
+ private:
+  Doubles best_ = Doubles{} + std::numeric_limits<double>::infinity();
+  Integers node_ = {};
+};
+
 // Row-wise top-n is optimal without the column constraints. Its surplus columns are then relieved one unit at
 // a time along shortest paths of the residual graph, which keeps the potentials dual feasible throughout.
 // Fixed: the side is Cap, known to the compiler. Otherwise the side is any number up to Cap.
 template <int Cap, bool Fixed>
 class ExactSolver {
+  static_assert(Cap % kLanes == 0, "an odd side needs room for its padding");
+
  public:
-  alignas(64) double scores[Cap * Cap];     // in: row-major, row stride side()
-  alignas(64) std::uint8_t keep[Cap * Cap]; // out
+  alignas(64) double scores[Cap * Cap];      // in: row-major, row stride side()
+  alignas(64) std::uint8_t keep[Cap * Cap];  // out
   // out: keep => score >= row + column, not kept => score <= row + column (up to rounding)
   double row_dual[Cap];
   double col_dual[Cap];
@@ -124,49 +177,36 @@ class ExactSolver {
   // Closes the nearest open node; returns it if it is a deficit column, -1 otherwise.
   int pop() {
     const int m = side();
-    int node = 0;
-    double best = kInf;
-    for (int j = 0; j < m; ++j)
-      if (col_key_[j] < best) best = col_key_[j], node = j;
-    for (int i = 0; i < m; ++i)
-      if (row_key_[i] < best) best = row_key_[i], node = m + i;
+    Nearest nearest;
+    nearest.scan(col_key_, m, 0);
+    nearest.scan(row_key_, m, m);
+    const int node = nearest.node();
     if (node >= m) {
       row_key_[node - m] = kInf;
-      relax_cols(node - m, best);
+      relax_cols(node - m, row_dist_[node - m]);
       return -1;
     }
     if (col_count_[node] < n_) return node;
     col_key_[node] = kInf;
-    relax_rows(node, best);
+    relax_rows(node, col_dist_[node]);
     return -1;
   }
 
-  // A closed node is never nearer than its distance, so it needs no test. Lengths below 0 are rounding.
   void relax_rows(int j, double dist) {
-    const int m = side();
-    const double* arc = unkeep_ + j * m;
+    const double* arc = unkeep_ + j * side();
     const double price = price_[j];
-    for (int i = 0; i < m; ++i) {
-      const double length = arc[i] + price - row_dual[i];
-      const double through = dist + (length > 0.0 ? length : 0.0);
-      const bool nearer = through < row_dist_[i];
-      row_dist_[i] = nearer ? through : row_dist_[i];
-      row_key_[i] = nearer ? through : row_key_[i];
-      row_parent_[i] = nearer ? j : row_parent_[i];
+    for (int i = 0; i < side(); i += kLanes) {
+      const Doubles length = load_lanes(arc + i) + price - load_lanes(row_dual + i);
+      relax(length, dist, j, row_dist_ + i, row_key_ + i, row_parent_ + i);
     }
   }
 
   void relax_cols(int i, double dist) {
-    const int m = side();
-    const double* arc = add_ + i * m;
+    const double* arc = add_ + i * side();
     const double dual = row_dual[i];
-    for (int j = 0; j < m; ++j) {
-      const double length = dual - price_[j] - arc[j];
-      const double through = dist + (length > 0.0 ? length : 0.0);
-      const bool nearer = through < col_dist_[j];
-      col_dist_[j] = nearer ? through : col_dist_[j];
-      col_key_[j] = nearer ? through : col_key_[j];
-      col_parent_[j] = nearer ? i : col_parent_[j];
+    for (int j = 0; j < side(); j += kLanes) {
+      const Doubles length = dual - load_lanes(price_ + j) - load_lanes(arc + j);
+      relax(length, dist, i, col_dist_ + j, col_key_ + j, col_parent_ + j);
     }
   }
 

@@ -1,6 +1,6 @@
 """Train neural networks with sparse weights, fast, on ordinary CPUs."""
 
-from sparseprop import nn
+from sparseprop import masks, nn
 from sparseprop.backend import active_isa, available_isas
 from sparseprop.errors import SparsePropError
 from sparseprop.pattern import SparsityPattern
@@ -17,6 +17,7 @@ __all__ = [
     "active_isa",
     "available_isas",
     "dense_state_dict",
+    "masks",
     "nn",
     "plan",
     "swap_like",

@@ -159,8 +159,8 @@ class SparseLayer(nn.Module):
     def from_dense(cls, module: nn.Module, *, mask: Tensor | None = None, pattern: str | None = None) -> Self:
         """The sparse twin of a plain torch layer, with copies of its weights.
 
-        The pattern is `mask` (bool, zeros inside it stay trainable), else the mask of `torch.nn.utils.prune` if
-        there is one, else `weight != 0`. `pattern="2:4"` (any N:M) demands in addition that at most N of M
+        The pattern is `mask` (bool, zeros inside it stay trainable), else the mask of `torch.nn.utils.prune`
+        if it has one, else `weight != 0`. `pattern="2:4"` (any N:M) demands besides that at most N of M
         consecutive input channels are kept. Keeps `training`, `requires_grad` and dtype. Refuses subclasses,
         parametrized layers, other devices than the CPU, and layers with hooks: a hook may rely on the dense
         weight, so remove it, then register it on the result.

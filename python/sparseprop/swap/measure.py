@@ -114,7 +114,8 @@ class Measurements:
         for known_key, known_sparsity, measured in self._known:
             if known_key == key and abs(known_sparsity - sparsity) <= _SAME_SPARSITY:
                 return measured
-        measured = measure_layer(layer, name, spec, self._timer)
+        with torch.inference_mode(False):  # the example may have run in it, its tensors cannot be stepped on
+            measured = measure_layer(layer, name, spec, self._timer)
         self._known.append((key, sparsity, measured))
         return measured
 

@@ -95,7 +95,8 @@ def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         inplace: change `model` itself (default), or leave it alone and return a changed copy.
 
     Returns:
-        The model; a new object if `model` itself is a sparse layer.
+        The model; a new object if `model` itself is a sparse layer. Weights are as before, except that zeros
+        outside the pattern have no sign: a pruned ``-0.0`` comes back as ``0.0``.
 
     Raises:
         SparsePropError: a wrapper, or sparse layers that share a parameter.
@@ -129,7 +130,8 @@ def replace_layers(
     All new layers are made before the first is placed: an error leaves the model unchanged.
     """
     new_layers: dict[int, nn.Module] = {}
-    with torch.random.fork_rng(devices=[]):  # layers are initialised before their values are copied in
+    # New layers draw random values before theirs are copied in, and must be trainable wherever they are made.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         for name, old in layers.items():
             new = convert(old, name).train(old.training)
             _carry_attributes(old, new)
