@@ -50,10 +50,7 @@ class Sizes(NamedTuple):
 
 
 class Operator:
-    """Immutable; `matches` tells whether the index tensors are still those it was made from.
-
-    A changed pattern needs a new operator, so that a backward pass keeps the one of its forward pass.
-    """
+    """Belongs to the index tensors as they are; if `matches` denies that, make a new one."""
 
     def __init__(self, geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> None:
         self.geometry = geometry
@@ -72,6 +69,17 @@ class Operator:
             and (_version(row_ptr), _version(col_idx)) == self._versions
             and self._backend is backend.Contraction
         )
+
+    def require_unchanged(self) -> None:
+        """Refuse a backward pass whose pattern was overwritten since; kernels may borrow it."""
+        row_ptr, col_idx = self._row_ptr(), self._col_idx()
+        if (row_ptr is not None and _version(row_ptr) != self._versions[0]) or (
+            col_idx is not None and _version(col_idx) != self._versions[1]
+        ):
+            raise SparsePropError(
+                "the sparsity pattern was changed between forward and backward; run backward before changing "
+                "it (by load_state_dict, for example), or run forward again."
+            )
 
     def sizes(self, spatial: tuple[int, ...]) -> Sizes:
         """The sizes of a call on an input of this spatial size (remembered)."""
@@ -149,6 +157,7 @@ class Operator:
         `x` may be None if no values gradient is needed, `values` if no input gradient is. The input gradient
         has `shape`, in `layout` (that of `grad` by default).
         """
+        self.require_unchanged()
         sizes = self.sizes(shape[2:] if self.geometry.dims else ())
         grad_view = self.view(grad)
         x_view = None if x is None else self.view(x)
