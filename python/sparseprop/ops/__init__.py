@@ -13,7 +13,8 @@ from torch.nn import functional
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.ops import eager, traced
-from sparseprop.ops.operator import DTYPE_CODES, Call, Operator, operator_for
+from sparseprop.ops.call import DTYPE_CODES, Call
+from sparseprop.ops.operator import Operator, operator_for
 
 __all__ = ["Operator", "apply", "apply_again", "operator_for", "sparse_conv", "sparse_linear"]
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sparseprop.ops.operator import Call, Operator, sum_channels
+from sparseprop.ops.call import Call
+from sparseprop.ops.layout import sum_channels
+from sparseprop.ops.operator import Operator
 
 __all__ = ["contract", "contract_backward"]
 

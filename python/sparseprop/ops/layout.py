@@ -22,6 +22,7 @@ __all__ = [
     "layout_of",
     "lift",
     "plain",
+    "sum_channels",
 ]
 
 PLAIN, CHANNELS_LAST, BATCH_LAST = range(3)
@@ -78,6 +79,14 @@ def empty(shape: Sequence[int], layout: int, dims: int, like: Tensor) -> Tensor:
 def plain(x: Tensor) -> Tensor:
     """A contiguous copy."""
     return torch.clone(x, memory_format=torch.contiguous_format)
+
+
+def sum_channels(grad: Tensor, dims: int) -> Tensor:
+    """Sum over all dimensions but the channels', in the dtype of a bias."""
+    kept = 1 if dims else grad.dim() - 1
+    wide = torch.float32 if grad.dtype is torch.bfloat16 else grad.dtype
+    others = [dim for dim in range(grad.dim()) if dim != kept]
+    return grad.sum(others, dtype=wide) if others else grad.to(wide)
 
 
 def _collapse(shape: Sequence[int], strides: Sequence[int]) -> int | None:

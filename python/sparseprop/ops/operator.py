@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from dataclasses import dataclass
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -14,37 +13,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sparseprop import backend
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
-from sparseprop.ops.layout import PLAIN, Five, dense_strides, five_strides, layout_of, lift, plain
+from sparseprop.ops.call import Call, new_call
+from sparseprop.ops.layout import PLAIN, Five, dense_strides, five_strides, lift, plain, sum_channels
 from sparseprop.pattern import SparsityPattern
 
-__all__ = ["Call", "Operator", "operator_for"]
+__all__ = ["Operator", "operator_for"]
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _MOST_CALLS = 256  # remembered per operator; more shapes than that do not repeat
 _ABSENT = (0, 0, 0, 0, 0)
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """All about a call that follows from the shape, strides and dtype of its input."""
-
-    code: int  # of the dtype
-    wide: torch.dtype  # of values and bias
-    channels: int  # of the output
-    batch: int
-    in_size: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    out_size: tuple[int, int, int]
-    in_shape: torch.Size
-    out_shape: torch.Size
-    in_strides: Five | None  # None: the input's leading dimensions are uneven, copy it
-    layout: int  # of output and input gradient
-    out_memory: tuple[int, ...]  # torch's strides of the output
-    out_strides: Five
-    grad_memory: tuple[int, ...]  # and of the input gradient
-    grad_strides: Five
-    trivial: bool  # nothing to multiply
 
 
 class Operator:
@@ -89,42 +66,8 @@ class Operator:
         if call is None:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
-            call = self._calls[x.shape, x.stride(), x.dtype] = self._new_call(x)
+            call = self._calls[x.shape, x.stride(), x.dtype] = new_call(self.geometry, self.nnz, x)
         return call
-
-    def _new_call(self, x: Tensor) -> Call:
-        geometry, dims, shape = self.geometry, self.geometry.dims, x.shape
-        size = shape[2:] if dims else ()
-        out_size = geometry.output_size(size)
-        out_shape = (
-            (shape[0], geometry.out_channels, *out_size) if dims else (*shape[:-1], geometry.out_channels)
-        )
-        layout = layout_of(x, dims)
-        memory = [dense_strides(each, layout, dims) for each in (out_shape, shape)]
-        fives = [
-            five_strides(each, strides, dims)
-            for each, strides in zip((out_shape, shape), memory, strict=True)
-        ]
-        assert fives[0] is not None
-        assert fives[1] is not None
-        return Call(
-            code=DTYPE_CODES[x.dtype],
-            wide=torch.float64 if x.dtype is torch.float64 else torch.float32,
-            channels=geometry.out_channels,
-            batch=shape[0] if dims else math.prod(shape[:-1]),
-            in_size=lift(size, 1),
-            padding=lift([left for left, _ in geometry.padding], 0),
-            out_size=lift(out_size, 1),
-            in_shape=shape,
-            out_shape=torch.Size(out_shape),
-            in_strides=five_strides(shape, x.stride(), dims),
-            layout=layout,
-            out_memory=memory[0],
-            out_strides=fives[0],
-            grad_memory=memory[1],
-            grad_strides=fives[1],
-            trivial=not self.nnz or not math.prod(out_shape),
-        )
 
     def forward(self, call: Call, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Output for checked tensors, in the layout of `x`; knows nothing of autograd."""
@@ -234,14 +177,6 @@ class Operator:
         return grad_x, grad_values, grad_bias
 
 
-def sum_channels(grad: Tensor, dims: int) -> Tensor:
-    """Sum over all dimensions but the channels', in the dtype of a bias."""
-    kept = 1 if dims else grad.dim() - 1
-    wide = torch.float32 if grad.dtype is torch.bfloat16 else grad.dtype
-    others = [dim for dim in range(grad.dim()) if dim != kept]
-    return grad.sum(others, dtype=wide) if others else grad.to(wide)
-
-
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # inference tensors keep no count
 
@@ -267,13 +202,13 @@ def _lower(geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> Any:
         raise SparsePropError(f"the pattern cannot be lowered: {error}") from error
 
 
-_known = WeakTensorKeyDictionary()
+_known: MutableMapping[Tensor, Operator] = WeakTensorKeyDictionary()
 
 
 def operator_for(geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> Operator:
     """The operator of these index tensors, kept for as long as `col_idx` lives."""
     found = _known.get(col_idx)
-    if isinstance(found, Operator) and found.geometry == geometry and found.matches(row_ptr, col_idx):
+    if found is not None and found.geometry == geometry and found.matches(row_ptr, col_idx):
         return found
     made = _known[col_idx] = Operator(geometry, row_ptr, col_idx)
     return made

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sparseprop.geometry import Geometry
-from sparseprop.ops.layout import empty, layout_of
-from sparseprop.ops.operator import operator_for, sum_channels
+from sparseprop.ops.layout import empty, layout_of, sum_channels
+from sparseprop.ops.operator import operator_for
 
 __all__ = ["contract", "contract_backward"]
 
