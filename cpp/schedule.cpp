@@ -41,8 +41,8 @@ int64_t choose_lanes(const Layer& layer, const Sizes& sizes, int64_t element_siz
 Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size) {
   Schedule s;
   const int64_t lanes = 64 / element_size, full = lanes * kMaxTile;
-  s.tile = std::min(full, std::max(lanes, ceil_to(grid.columns, lanes)));
-  if (s.tile == 3 * lanes) s.tile = full;  // powers of two only: offsets are scaled by shifting
+  s.tile = lanes;  // a power of two: offsets are scaled by shifting
+  while (s.tile < std::min(full, grid.columns)) s.tile *= 2;
   const int64_t shift = grid.max_shift, row_bytes = problem.panel_rows * element_size;
   // No more than an eighth of the columns, so that threads and their results do not depend on each other.
   const int64_t share = std::max(s.tile, ceil_to((grid.columns + 7) / 8, s.tile));

@@ -6,57 +6,59 @@
 
 namespace sparseprop {
 
+// Dot products of consecutive non-zeros, one vector each, on their way to `dots`. The counters are plain locals of
+// the kernel: as members beside the ring they would live in memory, 5 cycles a non-zero.
 template <class V>
-class DotRing {
+struct DotRing {
   using S = typename V::scalar;
-  static constexpr int width = V::width;
+  static constexpr uint32_t width = V::width;
   static constexpr uint32_t capacity = 64;
-
- public:
   static constexpr uint32_t piece = capacity - width;  // what fits whatever is pending
 
-  DotRing(S* dots, bool accumulate) : dots_(dots), accumulate_(accumulate) {}
+  static inline S* slot(S* ring, uint32_t index) { return ring + (index & (capacity - 1)) * width; }
 
-  inline void reserve(uint32_t n) {
-    while (written_ + n > flushed_ + capacity) flush();
+  // Sums whole groups of `width` until `incoming` more fit.
+  static inline uint32_t make_room(S* ring, uint32_t flushed, uint32_t written, uint32_t incoming, S* dots, bool accumulate) {
+    for (; written + incoming > flushed + capacity; flushed += width) {
+      V sums = V::sum_rows(slot(ring, flushed));
+      if (accumulate) sums = V::add(V::loadu(dots + flushed), sums);
+      sums.storeu(dots + flushed);
+    }
+    return flushed;
   }
-  inline void push(V dot) {
-    dot.store(ring_ + (written_ & (capacity - 1)) * width);
-    ++written_;
-  }
-  void finish() {
-    while (written_ - flushed_ >= width) flush();
-    const S* rows = ring_ + (flushed_ & (capacity - 1)) * width;
-    for (uint32_t i = 0; flushed_ + i < written_; ++i) {
-      const S sum = V::load(rows + i * width).sum();
-      dots_[flushed_ + i] = accumulate_ ? dots_[flushed_ + i] + sum : sum;
+
+  static void finish(S* ring, uint32_t flushed, uint32_t written, S* dots, bool accumulate) {
+    for (; flushed < written; ++flushed) {
+      const S sum = V::load(slot(ring, flushed)).sum();
+      dots[flushed] = accumulate ? dots[flushed] + sum : sum;
     }
   }
-
- private:
-  inline void flush() {
-    V sums = V::sum_rows(ring_ + (flushed_ & (capacity - 1)) * width);
-    S* dst = dots_ + flushed_;
-    if (accumulate_) sums = V::add(V::loadu(dst), sums);
-    sums.storeu(dst);
-    flushed_ += width;
-  }
-
-  alignas(64) S ring_[capacity * width];
-  S* dots_;
-  bool accumulate_;
-  uint32_t written_ = 0;
-  uint32_t flushed_ = 0;
 };
 
 template <class V, int vecs, bool want_x, bool want_dots>
 struct Backward {
   using S = typename V::scalar;
+  using Ring = DotRing<V>;
+
+  // One non-zero: grad_x += value * grad, and <x, grad> lane by lane, in two chains.
+  static inline V both(V (&grad_x)[vecs], const V (&x)[vecs], V value, const S* g) {
+    asm("" : "+r"(g));
+    V dot[2] = {V::zero(), V::zero()};
+    for (int i = 0; i < vecs; ++i) {
+      const V grad = V::in_register(V::loadu(g + i * V::width));
+      if (want_x) grad_x[i] = V::fma(value, grad, grad_x[i]);
+      if (want_dots) dot[i % 2] = i < 2 ? V::mul(x[i], grad) : V::fma(x[i], grad, dot[i % 2]);
+    }
+    return vecs > 1 ? V::add(dot[0], dot[1]) : dot[0];
+  }
 
   static void block(const BackwardArgs<S>& a, ptrdiff_t column, bool accumulate) {
-    DotRing<V> ring(a.dots, accumulate);
+    alignas(64) S ring[Ring::capacity * Ring::width];
+    uint32_t written = 0, flushed = 0;
+    S* const dots = a.dots;
     const uint16_t* offset = a.stream.offset;
-    const S* panel = a.panel + column;
+    const S* const panel = a.panel + column;
+    const unsigned unit_log2 = a.unit_log2;
     size_t s = 0;
     for (size_t r = 0; r < a.stream.n_runs; ++r) {
       const Run run = a.stream.runs[r];
@@ -64,48 +66,49 @@ struct Backward {
         const ptrdiff_t at = a.stream.segment_row[s] * a.pitch + column;
         V x[vecs], grad_x[vecs];
         for (int i = 0; i < vecs; ++i) {
-          if (want_dots) x[i] = V::load(a.x + at + i * V::width);
-          if (want_x) grad_x[i] = run.first ? V::zero() : V::load(a.grad_x + at + i * V::width);
+          x[i] = want_dots ? V::load(a.x + at + i * V::width) : V::zero();
+          grad_x[i] = !want_x || run.first ? V::zero() : V::load(a.grad_x + at + i * V::width);
         }
         const S* values = a.values + a.stream.segment_value[s];
         for (uint32_t k = 0; k < run.count;) {
-          const uint32_t left = run.count - k, n = left < DotRing<V>::piece ? left : DotRing<V>::piece;
-          if (want_dots) ring.reserve(n);
-          for (const uint32_t stop = k + n; k < stop; ++k) {
-            const S* g = panel + (size_t(offset[k]) << a.unit_log2);
-            const V value = V::broadcast(values[k]);
-            V dot;
-            for (int i = 0; i < vecs; ++i) {
-              const V grad = V::loadu(g + i * V::width);
-              if (want_x) grad_x[i] = V::fma(value, grad, grad_x[i]);
-              if (want_dots) dot = i == 0 ? V::mul(x[0], grad) : V::fma(x[i], grad, dot);
-            }
-            if (want_dots) ring.push(dot);
+          const uint32_t left = run.count - k, n = left < Ring::piece ? left : Ring::piece;
+          if (want_dots) flushed = Ring::make_room(ring, flushed, written, n, dots, accumulate);
+          for (const uint32_t stop = k + n; k < stop; ++k, ++written) {
+            const V value = want_x ? V::broadcast(values[k]) : V::zero();
+            const V dot = both(grad_x, x, value, panel + (size_t(offset[k]) << unit_log2));
+            if (want_dots) dot.store(Ring::slot(ring, written));
           }
         }
         if (want_x)
           for (int i = 0; i < vecs; ++i) grad_x[i].store(a.grad_x + at + i * V::width);
       }
     }
-    if (want_dots) ring.finish();
+    if (want_dots) {
+      flushed = Ring::make_room(ring, flushed, written, Ring::piece + 1, dots, accumulate);
+      Ring::finish(ring, flushed, written, dots, accumulate);
+    }
   }
 };
 
-// A tile of `vecs` vectors, cut so that x, grad_x and temporaries fit the registers (4 vectors at a time).
+template <class V, int vecs>
+void backward_pass(const BackwardArgs<typename V::scalar>& a, int first) {
+  const ptrdiff_t column = first * V::width;
+  const bool accumulate = a.accumulate || first > 0;
+  if (a.x && a.grad_x) {
+    Backward<V, vecs, true, true>::block(a, column, accumulate);
+  } else if (a.x) {
+    Backward<V, vecs, false, true>::block(a, column, accumulate);
+  } else {
+    Backward<V, vecs, true, false>::block(a, column, accumulate);
+  }
+}
+
+// A tile of `vecs` vectors in passes whose x, grad_x and temporaries fit the registers.
 template <class V, int vecs>
 void backward_tile(const BackwardArgs<typename V::scalar>& a) {
-  constexpr int step = vecs % 4 == 0 ? 4 : vecs % 3 == 0 ? 3 : vecs < 4 ? vecs : 2;
-  for (int i = 0; i < vecs; i += step) {
-    const bool accumulate = a.accumulate || i > 0;
-    const ptrdiff_t column = i * V::width;
-    if (a.x && a.grad_x) {
-      Backward<V, step, true, true>::block(a, column, accumulate);
-    } else if (a.x) {
-      Backward<V, step, false, true>::block(a, column, accumulate);
-    } else {
-      Backward<V, step, true, false>::block(a, column, accumulate);
-    }
-  }
+  constexpr int most = V::registers / 4, full = vecs / most * most;
+  for (int i = 0; i < full; i += most) backward_pass<V, most>(a, i);
+  if constexpr (vecs > full) backward_pass<V, vecs - full>(a, full);
 }
 
 }  // namespace sparseprop

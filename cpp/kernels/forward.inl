@@ -12,6 +12,7 @@ struct Forward {
   static constexpr int chains = vecs >= 6 ? 1 : vecs >= 3 ? 2 : 4;
 
   static inline void multiply_add(V (&acc)[vecs], V value, const S* columns) {
+    asm("" : "+r"(columns));  // one address register: an indexed operand would split each FMA into two operations
     for (int i = 0; i < vecs; ++i) acc[i] = V::fma(value, V::loadu(columns + i * V::width), acc[i]);
   }
 
@@ -33,14 +34,15 @@ struct Forward {
     for (; k < count; ++k) multiply_add(acc, V::broadcast(values[k]), panel + (size_t(offset[k]) << unit_log2));
   }
 
-  static void block(const ForwardArgs<S>& a) {
+  static void block(const ForwardArgs<S>& a, ptrdiff_t column) {
+    const S* panel = a.panel + column;
     const uint16_t* offset = a.stream.offset;
     size_t s = 0;
     for (size_t r = 0; r < a.stream.n_runs; ++r) {
       const Run run = a.stream.runs[r];
       for (uint32_t end = 0; end < run.rows; ++end, ++s, offset += run.count) {
         const uint32_t row = a.stream.segment_row[s];
-        S* out = a.out + row * a.out_pitch;
+        S* out = a.out + row * a.out_pitch + column;
         V acc[vecs];
         if (run.first) {
           const V start = a.bias ? V::broadcast(a.bias[row]) : V::zero();
@@ -48,11 +50,19 @@ struct Forward {
         } else {
           for (int i = 0; i < vecs; ++i) acc[i] = V::load(out + i * V::width);
         }
-        segment(acc, a.values + a.stream.segment_value[s], offset, run.count, a.panel, a.unit_log2);
+        segment(acc, a.values + a.stream.segment_value[s], offset, run.count, panel, a.unit_log2);
         for (int i = 0; i < vecs; ++i) acc[i].store(out + i * V::width);
       }
     }
   }
 };
+
+// A tile of `vecs` vectors in passes that fit the registers.
+template <class V, int vecs>
+void forward_tile(const ForwardArgs<typename V::scalar>& a) {
+  constexpr int most = 8, full = vecs / most * most;
+  for (int i = 0; i < full; i += most) Forward<V, most>::block(a, i * V::width);
+  if constexpr (vecs > full) Forward<V, vecs - full>::block(a, full * V::width);
+}
 
 }  // namespace sparseprop

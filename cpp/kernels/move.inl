@@ -18,16 +18,24 @@ struct Move {
   static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
                         ptrdiff_t cols) {
     constexpr ptrdiff_t w = V::width;
-    ptrdiff_t i = 0;
-    for (; i + w <= rows; i += w) {
-      ptrdiff_t j = 0;
-      for (; j + w <= cols; j += w) V::transpose(dst + j * dst_pitch + i, dst_pitch, src + i * src_pitch + j, src_pitch);
-      corner(dst + j * dst_pitch + i, dst_pitch, src + i * src_pitch + j, src_pitch, w, cols - j);
+    const ptrdiff_t whole_rows = rows / w * w, whole_cols = cols / w * w;
+    // Along the rows of whichever side is spread over more pages.
+    if (dst_pitch > src_pitch) {
+      for (ptrdiff_t j = 0; j < whole_cols; j += w)
+        for (ptrdiff_t i = 0; i < whole_rows; i += w) block(dst, dst_pitch, src, src_pitch, i, j);
+    } else {
+      for (ptrdiff_t i = 0; i < whole_rows; i += w)
+        for (ptrdiff_t j = 0; j < whole_cols; j += w) block(dst, dst_pitch, src, src_pitch, i, j);
     }
-    corner(dst + i, dst_pitch, src + i * src_pitch, src_pitch, rows - i, cols);
+    corner(dst + whole_cols * dst_pitch, dst_pitch, src + whole_cols, src_pitch, whole_rows, cols - whole_cols);
+    corner(dst + whole_rows, dst_pitch, src + whole_rows * src_pitch, src_pitch, rows - whole_rows, cols);
   }
 
  private:
+  static inline void block(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t i, ptrdiff_t j) {
+    V::transpose(dst + j * dst_pitch + i, dst_pitch, src + i * src_pitch + j, src_pitch);
+  }
+
   static void corner(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows, ptrdiff_t cols) {
     for (ptrdiff_t j = 0; j < cols; ++j)
       for (ptrdiff_t i = 0; i < rows; ++i) dst[j * dst_pitch + i] = To<Out>::from(src[i * src_pitch + j]);

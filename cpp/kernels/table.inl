@@ -10,10 +10,12 @@ template <class V>
 constexpr KernelsOf<typename V::scalar> kernels_of() {
   using S = typename V::scalar;
   constexpr int group = lanes<S>() / V::width;  // vectors per lane group
-  return {{&Forward<V, group>::block, &Forward<V, 2 * group>::block, &Forward<V, 3 * group>::block,
-           &Forward<V, 4 * group>::block},
+  return {{&forward_tile<V, group>, &forward_tile<V, 2 * group>, &forward_tile<V, 3 * group>,
+           &forward_tile<V, 4 * group>, &forward_tile<V, 5 * group>, &forward_tile<V, 6 * group>,
+           &forward_tile<V, 7 * group>, &forward_tile<V, 8 * group>},
           {&backward_tile<V, group>, &backward_tile<V, 2 * group>, &backward_tile<V, 3 * group>,
-           &backward_tile<V, 4 * group>},
+           &backward_tile<V, 4 * group>, &backward_tile<V, 5 * group>, &backward_tile<V, 6 * group>,
+           &backward_tile<V, 7 * group>, &backward_tile<V, 8 * group>},
           &Sums<V>::rows,
           &Sums<V>::gather,
           {&Move<V, S, S>::copy, &Move<V, S, S>::transpose}};

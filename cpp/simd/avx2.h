@@ -10,8 +10,14 @@ namespace sparseprop::avx2 {
 struct F32 {
   using scalar = float;
   static constexpr int width = 8;
+  static constexpr int registers = 16;
   __m256 v;
 
+  // Stops the compiler from loading the same memory once per use.
+  static F32 in_register(F32 x) {
+    asm("" : "+x"(x.v));
+    return x;
+  }
   static F32 zero() { return {_mm256_setzero_ps()}; }
   static F32 broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static F32 load(const float* p) { return {_mm256_load_ps(p)}; }
@@ -71,8 +77,10 @@ struct F32 {
 struct F64 {
   using scalar = double;
   static constexpr int width = 4;
+  static constexpr int registers = 16;
   __m256d v;
 
+  static F64 in_register(F64 x) { return x; }
   static F64 zero() { return {_mm256_setzero_pd()}; }
   static F64 broadcast(double x) { return {_mm256_set1_pd(x)}; }
   static F64 load(const double* p) { return {_mm256_load_pd(p)}; }

@@ -10,8 +10,14 @@ namespace sparseprop::avx512 {
 struct F32 {
   using scalar = float;
   static constexpr int width = 16;
+  static constexpr int registers = 32;
   __m512 v;
 
+  // Stops the compiler from loading the same memory once per use.
+  static F32 in_register(F32 x) {
+    asm("" : "+v"(x.v));
+    return x;
+  }
   static F32 zero() { return {_mm512_setzero_ps()}; }
   static F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static F32 load(const float* p) { return {_mm512_load_ps(p)}; }
@@ -83,8 +89,10 @@ struct F32 {
 struct F64 {
   using scalar = double;
   static constexpr int width = 8;
+  static constexpr int registers = 32;
   __m512d v;
 
+  static F64 in_register(F64 x) { return x; }
   static F64 zero() { return {_mm512_setzero_pd()}; }
   static F64 broadcast(double x) { return {_mm512_set1_pd(x)}; }
   static F64 load(const double* p) { return {_mm512_load_pd(p)}; }

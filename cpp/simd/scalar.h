@@ -8,8 +8,10 @@ template <class S>
 struct Vec {
   using scalar = S;
   static constexpr int width = 4;
+  static constexpr int registers = 16;
   S lane[width];
 
+  static Vec in_register(Vec x) { return x; }
   static Vec zero() { return broadcast(S(0)); }
   static Vec broadcast(S x) { return {{x, x, x, x}}; }
   static Vec load(const S* p) { return {{p[0], p[1], p[2], p[3]}}; }

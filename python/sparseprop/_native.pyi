@@ -63,3 +63,32 @@ class Contraction:
 def available_isas() -> tuple[str, ...]: ...
 def active_isa() -> str: ...
 def set_max_isa(name: str) -> None: ...
+
+# scores and mask come as addresses with element strides in the order (group, row, column, position);
+# dtype: 0 float32, 1 float64; the mask is one byte per element
+def nm_mask(
+    dtype: int,
+    shape: Sequence[int],
+    n: int,
+    m: int,
+    dense_tail: bool,
+    scores: int,
+    scores_strides: Sequence[int],
+    mask: int,
+    mask_strides: Sequence[int],
+) -> None: ...
+def transposable_nm_mask(
+    method: str,
+    at_most: bool,
+    dtype: int,
+    shape: Sequence[int],
+    n: int,
+    m: int,
+    dense_tail: bool,
+    scores: int,
+    scores_strides: Sequence[int],
+    mask: int,
+    mask_strides: Sequence[int],
+    row_dual: int,
+    col_dual: int,
+) -> None: ...

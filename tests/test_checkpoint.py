@@ -1,0 +1,235 @@
+"""State dicts and checkpoint files: round trips, and everything a bad file may hold."""
+
+import json
+import os
+import resource
+import stat
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from sparseprop.checkpoint import (
+    atomic_write,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    swap_like,
+)
+from sparseprop.errors import SparsePropError
+from sparseprop.nn import SparseConv2d, SparseLinear
+from swap_cases import assert_same_state, small_cnn, small_sparse_cnn
+
+
+def _spoil(key: str, change):
+    def spoil(state: dict) -> None:
+        if change is None:
+            del state[key]
+        else:
+            state[key] = change(state[key].clone())
+
+    return spoil
+
+
+def _set(index: int, value: int):
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[index] = value
+        return tensor
+
+    return change
+
+
+BAD_PATTERNS = {
+    "no row_ptr": (_spoil("0.weight_row_ptr", None), "'0' is incomplete: '0.weight_row_ptr' is missing"),
+    "no col_idx": (_spoil("0.weight_col_idx", None), "'0' is incomplete: '0.weight_col_idx' is missing"),
+    "no shape": (_spoil("0.weight_shape", None), "'0' is incomplete: '0.weight_shape' is missing"),
+    "column too large": (
+        _spoil("0.weight_col_idx", _set(-1, 8)),
+        r"'0' has a bad pattern: col_idx is out of range",
+    ),
+    "column negative": (
+        _spoil("0.weight_col_idx", _set(0, -1)),
+        r"'0' has a bad pattern: col_idx is out of range",
+    ),
+    "unsorted": (
+        _spoil("0.weight_col_idx", lambda index: index.flip(0)),
+        "'0' has a bad pattern: col_idx must",
+    ),
+    "duplicate": (_spoil("0.weight_col_idx", _set(1, 0)), "'0' has a bad pattern: .* duplicate column"),
+    "rows fall": (_spoil("0.weight_row_ptr", _set(1, 99)), "'0' has a bad pattern: row_ptr must rise"),
+    "rows start late": (_spoil("0.weight_row_ptr", _set(0, 1)), "'0' has a bad pattern: row_ptr must rise"),
+    "rows end early": (
+        _spoil("0.weight_row_ptr", lambda p: p[:-1]),
+        "'0' has a bad pattern: row_ptr must have",
+    ),
+    "float indices": (
+        _spoil("0.weight_col_idx", torch.Tensor.float),
+        "'0' has a bad pattern: col_idx must be",
+    ),
+    "values cut": (
+        _spoil("0.weight_values", lambda v: v[:-1]),
+        r"'0' has values of shape \(63,\) for column",
+    ),
+    "shape negative": (_spoil("0.weight_shape", _set(0, -8)), "'0' has a bad pattern: weight_shape is"),
+    "shape no shape": (
+        _spoil("0.weight_shape", torch.Tensor.float),
+        "'0' has a bad pattern: weight_shape is",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_PATTERNS.values(), ids=BAD_PATTERNS)
+def test_bad_patterns_are_refused_by_name_before_a_kernel_sees_them(tmp_path, spoil, message):
+    state = dict(nn.Sequential(SparseLinear.random(8, 8, density=1.0)).state_dict())
+    spoil(state)
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(SparsePropError, match=message):
+        swap_like(model, state)
+    assert type(model[0]) is nn.Linear
+    save_checkpoint(state, tmp_path / "bad.safetensors")
+    with pytest.raises(SparsePropError, match=message):
+        load_checkpoint(tmp_path / "bad.safetensors")
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path):
+    model = small_sparse_cnn()
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(model, path, metadata={"epoch": "3"})
+    checkpoint = load_checkpoint(path)
+    assert_same_state(checkpoint.state_dict, model.state_dict())
+    assert checkpoint.metadata == {"epoch": "3"}
+    assert list(tmp_path.iterdir()) == [path]
+    loaded = load_model(small_cnn(), path)
+    assert type(loaded[0]) is SparseConv2d
+    assert_same_state(loaded.state_dict(), model.state_dict())
+
+
+def test_dense_and_foreign_files_load_too(tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = small_cnn()
+    safetensors.torch.save_file(model.state_dict(), path)
+    assert_same_state(
+        dict(sorted(load_checkpoint(path).state_dict.items())), dict(sorted(model.state_dict().items()))
+    )
+    assert_same_state(load_model(small_cnn(), path).state_dict(), model.state_dict())
+
+
+def test_tied_strided_and_sliced_tensors_survive_a_file(tmp_path):
+    shared = torch.arange(6.0)
+    state = {
+        "one": shared,
+        "two": shared,
+        "part": shared[2:4],
+        "transposed": torch.arange(6).view(2, 3).T,
+        "empty": torch.empty(0, 3),
+        "also empty": torch.empty(0, 3),
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    }
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(state, path)
+    assert_same_state(load_checkpoint(path).state_dict, state)
+    assert path.stat().st_size < 2000
+
+
+def _truncate(path: Path, share: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+
+
+def _header(path: Path, text: str) -> None:
+    safetensors.torch.save_file({"a": torch.ones(1)}, path, metadata={"sparseprop": text})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "There is no checkpoint .*model.safetensors'; check the path"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: path.write_bytes(b"\x80\x02}q\x00." * 99), "cannot be read"),
+        (lambda path: _truncate(path, 0.05), "cannot be read"),
+        (lambda path: _truncate(path, 0.9), "cannot be read: .* It must be a complete safetensors file"),
+        (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
+        (lambda path: _header(path, "{"), "cannot be read"),
+        (lambda path: _header(path, "[]"), "cannot be read"),
+        (lambda path: _header(path, json.dumps({"shared": {"b": "c"}})), "cannot be read"),
+        (lambda path: _header(path, json.dumps({"order": ["c"]})), "cannot be read"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_sentence(tmp_path, damage, message):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(small_sparse_cnn(), path)
+    damage(path)
+    with pytest.raises(SparsePropError, match=message):
+        load_model(small_cnn(), path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(nn.Sequential(nn.Linear(8, 8)), path)
+    with pytest.raises(SparsePropError, match=r"does not fit the model: .*size mismatch"):
+        load_model(nn.Sequential(nn.Linear(8, 9)), path)
+    with pytest.raises(SparsePropError, match=r"does not fit the model: .*Unexpected key"):
+        load_model(nn.Sequential(nn.ReLU()), path)
+
+
+@pytest.fixture
+def small_files_only():
+    """Files may not grow beyond 4 KiB, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_files_only")
+def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint({"old": torch.ones(3)}, path)
+    with pytest.raises(
+        SparsePropError, match=r"cannot be written: the disk has no room for it. Free some space"
+    ):
+        save_checkpoint({"new": torch.ones(5000)}, path)
+    assert list(load_checkpoint(path).state_dict) == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_rest(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_readable_by_others_and_links_are_followed(tmp_path):
+    target, link = tmp_path / "run-1.safetensors", tmp_path / "latest.safetensors"
+    target.touch()
+    link.symlink_to(target)
+    save_checkpoint({"a": torch.ones(1)}, link)
+    assert link.is_symlink()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "message"),
+    [
+        ({"a": 3}, "model.safetensors", "A checkpoint holds tensors, got a int for 'a'"),
+        ({"a": torch.ones(1)}, "no/folder/model.safetensors", "cannot be written: .*No such file"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused(tmp_path, state, name, message):
+    with pytest.raises(SparsePropError, match=message):
+        save_checkpoint(state, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
