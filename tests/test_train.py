@@ -18,7 +18,6 @@ from sparseprop.nn import SparseLayer
 from sparseprop.train import FinetuneConfig, ModelSpec, Progress, build_model, finetune, report
 from sparseprop.train.loop import make_optimizer, rate_at
 from sparseprop.train.phases import phases_of
-from sparseprop.train.plots import write_plots
 from sparseprop.train.prune import CubicSchedule, magnitude_masks, prunable_layers
 
 
@@ -239,10 +238,3 @@ def test_library_leaves_threads_and_global_generator_alone(tmp_path: Path) -> No
     assert seen == {1}
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))
-
-
-def test_plots_can_be_drawn_again(tmp_path: Path) -> None:
-    result = finetune(small_job(tmp_path / "run"))
-    assert not (tmp_path / "run" / "layers.png").exists()
-    write_plots(tmp_path / "run", result)
-    assert (tmp_path / "run" / "layers.png").exists()
