@@ -72,7 +72,7 @@ def _training(records: list[dict[str, Any]]) -> Any:
         )
         if start:
             for axes in (top, bottom):
-                axes.axvline(start, color=_FAINT, linewidth=1, linestyle="--")
+                axes.axvline(start, color=_FAINT, linewidth=1, linestyle="--", zorder=0)
         start += max(record["step"] for record in own)
     top.set_ylabel("training loss")
     bottom.set_ylabel("held-out accuracy (%)")
