@@ -1,9 +1,11 @@
 """Small jobs and what must be refused, shared by the tests of training and of the command line."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from sparseprop.train import FinetuneConfig
 
 # A whole job in about a second: 8x8 images, a network of 8 to 32 channels, three phases of nine steps.
@@ -48,12 +50,13 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def image_folder(root: Path, *, count: int = 4, classes: tuple[str, ...] = ("cat", "dog"), side: int = 12) -> Path:
+def image_folder(root: Path, *, count: int = 4, classes: Sequence[str] = ("cat", "dog")) -> Path:
     """A folder with a subfolder of PNGs per class."""
     from PIL import Image
 
     for index, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for number in range(count):
-            Image.new("RGB", (side, side + number), (40 * number, 100 * index, 7)).save(root / name / f"{number}.png")
+            picture = Image.new("RGB", (12, 12 + number), (40 * number, 100 * index, 7))
+            picture.save(root / name / f"{number}.png")
     return root

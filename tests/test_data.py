@@ -1,11 +1,13 @@
 """The built-in digits and image folders: stratified splits, pure functions of the seed, clear refusals."""
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
 from job_cases import image_folder
 from sparseprop.data import augment, batch_order, load_data, mix_seed
 from sparseprop.errors import SparsePropError
@@ -140,10 +142,12 @@ def test_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_broken_picture_is_named(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "d")
     (folder / "cat" / "0.png").write_bytes((folder / "cat" / "1.png").read_bytes()[:40])
-    data = load_data(str(folder), image_size=8, channels=3)
+    for part in ("train", "val"):  # so that it is known which split the picture is in
+        shutil.copytree(folder, tmp_path / part)
+    shutil.rmtree(folder)
+    data = load_data(str(tmp_path), image_size=8, channels=3)
     with pytest.raises(SparsePropError, match=r"cannot read the image .*0\.png"):
-        for split in (data.train, data.test):
-            split.fetch(torch.arange(len(split.labels)))
+        data.test.fetch(torch.arange(8))
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def import_torchvision_models() -> ModuleType:
         from torchvision import models
     except ImportError as error:
         raise SparsePropError(_advice("torchvision", error)) from error
-    return models
+    return cast(ModuleType, models)
 
 
 def import_timm() -> ModuleType:
@@ -35,7 +35,7 @@ def import_timm() -> ModuleType:
         import timm
     except ImportError as error:
         raise SparsePropError(_advice("timm", error)) from error
-    return cast(ModuleType, timm)
+    return timm
 
 
 def _declare_operators() -> None:

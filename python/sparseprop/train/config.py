@@ -41,9 +41,9 @@ class FinetuneConfig:
     scope: Literal["layer", "global"] = "layer"
     min_sparsity: float | None = None
     measure: bool = False
-    pretrain_epochs: int = 5
-    prune_epochs: int = 5
-    finetune_epochs: int = 10
+    pretrain_epochs: int = 3
+    prune_epochs: int = 4
+    finetune_epochs: int = 8
     batch_size: int = 128
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float | None = None

@@ -2,6 +2,7 @@
 
 import io
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _training(records: list[dict[str, Any]]) -> Any:
         )
         if start:
             for axes in (top, bottom):
-                axes.axvline(start, color=_FAINT, linewidth=1, linestyle="--")
+                axes.axvline(start, color=_FAINT, linewidth=1, linestyle="--", zorder=0)
         start += max(record["step"] for record in own)
     top.set_ylabel("training loss")
     bottom.set_ylabel("held-out accuracy (%)")
@@ -105,7 +106,7 @@ def _step_time(result: FinetuneResult) -> Any:
         )
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
     axes.invert_yaxis()
-    axes.set_xlim(0, widest * 1.14)
+    axes.set_xlim(0, widest * 1.2)
     axes.set_xlabel(f"milliseconds (bar: median; ticks: all {step.rounds} rounds, run in turn)", fontsize=9)
     _tidy(axes)
     axes.grid(visible=False, axis="y")
@@ -114,7 +115,7 @@ def _step_time(result: FinetuneResult) -> Any:
 
 def _layers(result: FinetuneResult) -> Any:
     layers = list(result.plan)
-    figure = _figure(11.0, 1.1 + 0.3 * (len(layers) + 1), "Layers")
+    figure = _figure(12.5, 1.1 + 0.3 * (len(layers) + 1), "Layers")
     axes = figure.subplots()
     axes.axis("off")
     header = ["layer", "kind", "weight", "zeros", "runs", "dense ms", "sparse ms", "reason"]
@@ -123,7 +124,7 @@ def _layers(result: FinetuneResult) -> Any:
         colLabels=header,
         cellLoc="left",
         colLoc="left",
-        colWidths=[0.2, 0.08, 0.12, 0.07, 0.07, 0.08, 0.08, 0.3],
+        colWidths=[0.17, 0.06, 0.11, 0.06, 0.06, 0.07, 0.08, 0.39],
         bbox=[0, 0, 1, 1],
     )
     table.auto_set_font_size(False)
@@ -141,7 +142,6 @@ def _layers(result: FinetuneResult) -> Any:
 
 
 def _cells(layer: LayerPlan) -> list[str]:
-    reason = layer.reason if layer.reason != "filter_fn said no" else "first layer or classifier: not pruned"
     return [
         layer.name or "(model)",
         layer.kind,
@@ -150,5 +150,5 @@ def _cells(layer: LayerPlan) -> list[str]:
         layer.choice,
         "" if layer.dense_ms is None else f"{layer.dense_ms:.2f}",
         "" if layer.sparse_ms is None else f"{layer.sparse_ms:.2f}",
-        reason,
+        textwrap.shorten(layer.reason, 60, placeholder=" ..."),
     ]

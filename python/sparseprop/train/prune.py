@@ -21,7 +21,7 @@ class CubicSchedule:
 
     >>> schedule = CubicSchedule(initial=0.0, final=0.9, ramp=100, every=10)
     >>> [round(schedule.at(step), 3) for step in (0, 10, 19, 50, 100, 1000)]
-    [0.0, 0.244, 0.244, 0.788, 0.9, 0.9]
+    [0.0, 0.244, 0.244, 0.787, 0.9, 0.9]
     """
 
     initial: float

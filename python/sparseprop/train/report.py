@@ -168,7 +168,9 @@ def _measured(plan: SwapPlan, masked: nn.Module, config: FinetuneConfig, spec: M
     timed = sparseprop.plan(masked, example, filter_fn=lambda _, name: choices[name].sparse_ms is not None)
     return SwapPlan(
         tuple(
-            dataclasses.replace(choices[layer.name], dense_ms=layer.dense_ms, sparse_ms=layer.sparse_ms)
+            choices[layer.name]
+            if layer.sparse_ms is None
+            else dataclasses.replace(layer, choice=choices[layer.name].choice)
             for layer in timed
         )
     )

@@ -1,7 +1,6 @@
 """A fine-tuning job from its configuration to its run folder, and on from wherever it was stopped."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from sparseprop.data import ImageData, load_data, mix_seed
 from sparseprop.errors import SparsePropError
 from sparseprop.train.checkpoint import (
-    append_line,
     load_tensors,
     make_folder,
     remove_partials,
@@ -22,6 +20,7 @@ from sparseprop.train.checkpoint import (
     write_text,
 )
 from sparseprop.train.config import FinetuneConfig
+from sparseprop.train.ledger import MASK, Clock, Metrics, pack, restore
 from sparseprop.train.loop import Hooks, Progress, State, make_optimizer, train_phase
 from sparseprop.train.models import ModelSpec, build_model
 from sparseprop.train.phases import START, Phase, phases_of, source_of
@@ -32,7 +31,6 @@ from sparseprop.train.swapping import swap_pruned, with_masks
 
 __all__ = ["default_folder", "finetune", "resume"]
 
-_MASK, _MODEL = "mask::", "model::"
 Watcher = Callable[[Progress], None]
 
 
@@ -123,7 +121,7 @@ class _Job:
         sparse, _ = self.model_at("sparse", "sparse")
         dense, _ = self.model_at("dense", "dense")
         self.watch(Progress("report", 0, 1, message="timing steps, dense and sparse in turn"))
-        return write_report(
+        result = write_report(
             self.config,
             self.folder,
             self.spec,
@@ -133,6 +131,8 @@ class _Job:
             sparse=sparse,
             masked=self.masked_model(),
         )
+        self.watch(Progress("report", 1, 1, message="written"))
+        return result
 
     def run_phase(self, phase: Phase, before: Mapping[str, Any]) -> None:
         data = self.data_of(phase)
@@ -144,16 +144,16 @@ class _Job:
         if saved.is_file():
             tensors, note = load_tensors(saved)
             if note.get("phase") == phase.name:
-                _restore(state, tensors, note)
+                restore(state, tensors, note)
                 seconds, records = note["seconds"], note["records"]
-        metrics = _Metrics(self.folder / "metrics.jsonl", records)
-        clock = _Clock(seconds)
+        metrics = Metrics(self.folder / "metrics.jsonl", records)
+        clock = Clock(seconds)
 
         def save(state: State) -> None:
-            save_tensors(saved, _pack(state), self.note(phase, state, metrics, clock))
+            save_tensors(saved, pack(state), self.note(phase, state, metrics, clock))
 
         accuracy = train_phase(self.config, phase, data, state, Hooks(metrics.add, save, self.watch))
-        tensors = dict(state.model.state_dict()) | {_MASK + name: mask for name, mask in state.masks.items()}
+        tensors = dict(state.model.state_dict()) | {MASK + name: mask for name, mask in state.masks.items()}
         note = self.note(phase, state, metrics, clock) | {"accuracy": accuracy}
         save_tensors(self.phase_file(phase.name), tensors, note)
 
@@ -163,7 +163,7 @@ class _Job:
         with_masks(model, masks)
         return model
 
-    def note(self, phase: Phase, state: State, metrics: "_Metrics", clock: "_Clock") -> dict[str, Any]:
+    def note(self, phase: Phase, state: State, metrics: Metrics, clock: Clock) -> dict[str, Any]:
         where = {
             "phase": phase.name,
             "step": state.step,
@@ -203,7 +203,7 @@ class _Job:
     ) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model and masks at the end of a phase."""
         tensors, _ = load_tensors(self.phase_file(name))
-        masks = {key.removeprefix(_MASK): tensors.pop(key) for key in list(tensors) if key.startswith(_MASK)}
+        masks = {key.removeprefix(MASK): tensors.pop(key) for key in list(tensors) if key.startswith(MASK)}
         if kind == "sparse":
             phase = next(phase for phase in self.phases if phase.name == name)
             model, _ = self.start_of(phase)
@@ -227,7 +227,7 @@ def _prepare(config: FinetuneConfig, folder: Path, progress: Watcher | None) -> 
         make_folder(first.parent)
         try:
             write_text(folder / "config.json", start.config.to_json())
-            tensors = dict(start.model.state_dict()) | {_MASK + n: mask for n, mask in start.masks.items()}
+            tensors = dict(start.model.state_dict()) | {MASK + n: mask for n, mask in start.masks.items()}
             save_tensors(first, tensors, {"spec": dataclasses.asdict(start.spec)})
         except SparsePropError:
             if new:
@@ -241,42 +241,3 @@ def _remove_empty(folder: Path) -> None:
     for path in (folder / "phases", folder):
         if path.is_dir():
             path.rmdir()
-
-
-def _pack(state: State) -> dict[str, Tensor]:
-    tensors = {_MODEL + name: tensor for name, tensor in state.model.state_dict().items()}
-    tensors |= {_MASK + name: mask for name, mask in state.masks.items()}
-    return tensors | state.optimizer_tensors() | {"rng::torch": torch.get_rng_state()}
-
-
-def _restore(state: State, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
-    state.model.load_state_dict(
-        {key.removeprefix(_MODEL): value for key, value in tensors.items() if key.startswith(_MODEL)}
-    )
-    state.masks = {key.removeprefix(_MASK): value for key, value in tensors.items() if key.startswith(_MASK)}
-    state.load_optimizer(tensors)
-    state.initial_sparsity = note["initial_sparsity"]
-    state.step = note["step"]
-    torch.set_rng_state(tensors["rng::torch"])
-
-
-class _Metrics:
-    """The lines of ``metrics.jsonl``; what a stopped run wrote past its last checkpoint is dropped."""
-
-    def __init__(self, path: Path, count: int) -> None:
-        self.path, self.count = path, count
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if len(lines) > count:
-            write_text(path, "".join(lines[:count]))
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        append_line(self.path, json.dumps(record))
-        self.count += 1
-
-
-class _Clock:
-    def __init__(self, before: float) -> None:
-        self.start = time.perf_counter() - before
-
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self.start, 3)

@@ -17,7 +17,9 @@ from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.models import ModelSpec
 from sparseprop.train.prune import magnitude_masks
 
-__all__ = ["check_swap", "planned", "swap_pruned"]
+__all__ = ["NOT_PRUNED", "check_swap", "planned", "swap_pruned"]
+
+NOT_PRUNED = "not pruned: first layer, classifier or depthwise"
 
 
 def swap_pruned(
@@ -61,19 +63,26 @@ def planned(
 ) -> SwapPlan:
     """The plan for the layers called ``names``: measured, by least sparsity, or by the cost model."""
     example = torch.zeros(config.batch_size, spec.channels, spec.image_size, spec.image_size)
-    return sparseprop.plan(
+    plan = sparseprop.plan(
         model,
         example,
         min_sparsity=config.min_sparsity,
         filter_fn=lambda _, name: name in names,
         measure=config.measure,
     )
+    unpruned = {layer.name for layer in plan} - set(names)
+    return SwapPlan(
+        tuple(
+            dataclasses.replace(layer, reason=NOT_PRUNED) if layer.name in unpruned else layer
+            for layer in plan
+        )
+    )
 
 
 def _require_sparse(plan: SwapPlan) -> None:
     if plan.sparse_names:
         return
-    reasons = sorted({layer.reason for layer in plan if layer.reason != "filter_fn said no"})
+    reasons = sorted({layer.reason for layer in plan if layer.reason != NOT_PRUNED})
     raise SparsePropError(
         f"no layer of the model would become sparse ({'; '.join(reasons[:3])}); expected at least one; ask "
         "for a higher sparsity, or force the swap with a min_sparsity below it"
