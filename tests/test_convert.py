@@ -311,6 +311,43 @@ def test_sparse_layers_stay_sparse_and_pruned_ones_are_finished():
         assert report[name].error == pytest.approx(other[name].error, rel=0.02)
 
 
+def test_masked_layers_get_the_mask_too():
+    model = sparseprop.mask_modules(nn.Sequential(nn.Linear(16, 16)), "4:8")
+    dense = sparseprop.to_dense(model, inplace=False)
+    data = [torch.randn(64, 16)]
+    report = sparseprop.convert(model, "2:4", data)
+    other = sparseprop.convert(dense, "2:4", data)
+    assert torch.equal(model[0].mask, report.masks["0"])
+    torch.testing.assert_close(model[0].to_dense().weight, other.model[0].weight)
+
+
+def test_groups_are_fitted_apart():
+    both = nn.Conv2d(8, 8, 3, groups=2)
+    x = torch.cat(batches()).repeat(1, 3, 1, 1)[:, :8] * torch.rand(8, 1, 1)
+    parts = [nn.Conv2d(4, 4, 3) for _ in range(2)]
+    for index, part in enumerate(parts):
+        part.weight.data.copy_(both.weight.data[4 * index : 4 * index + 4])
+        part.bias.data.copy_(both.bias.data[4 * index : 4 * index + 4])
+        sparseprop.convert(part, "2:4", [x[:, 4 * index : 4 * index + 4]])
+    sparseprop.convert(both, "2:4", [x])
+    torch.testing.assert_close(both.weight, torch.cat([part.weight for part in parts]), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(both.bias, torch.cat([part.bias for part in parts]), rtol=1e-3, atol=1e-5)
+
+
+def test_a_network_that_chooses_its_way_by_its_data_is_fitted_all_the_same():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x[x[:, 0] > 0])
+
+    report = sparseprop.convert(Routed(), "1:4", [torch.randn(64, 16) for _ in range(4)])
+    assert report["second"].error < report["second"].error_masked
+
+
 def test_layers_no_batch_reaches_are_masked_and_said_so():
     class Branch(nn.Module):
         def __init__(self):

@@ -71,7 +71,7 @@ class Calibration:
         try:
             with torch.no_grad():
                 self.forward(model, batch)
-        except (SparsePropError, _Enough):
+        except SparsePropError:
             raise
         except Exception as error:
             raise SparsePropError(
@@ -80,7 +80,7 @@ class Calibration:
             ) from error
 
 
-class _Enough(Exception):
+class _Enough(BaseException):  # passes through whatever the model itself catches
     """All that was wanted of this run has been seen."""
 
 

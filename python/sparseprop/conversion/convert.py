@@ -20,7 +20,7 @@ from sparseprop.conversion.samples import Sampler
 from sparseprop.errors import SparsePropError
 from sparseprop.masks import NMPattern
 from sparseprop.masks._layout import Tail
-from sparseprop.nn import SparseLayer
+from sparseprop.nn import MaskedLayer, SparseLayer
 from sparseprop.swap.decide import Candidate, FilterFn, check_model, survey
 from sparseprop.swap.kinds import SPARSE_CLASS, is_pruned
 from sparseprop.swap.replace import replace_layers, to_dense
@@ -204,13 +204,16 @@ class _Job:
         moments = {name: Moments() for name in calls}
         for index, batch in enumerate(self.data):
             found = inputs_of(self.work, calls, self.data, batch)
-            originals = (
-                inputs_of(self.model, calls, self.data, batch) if drifting else [("", None)] * len(found)
-            )
-            for call, ((name, x), (_, r)) in enumerate(zip(found, originals, strict=True)):
+            originals = inputs_of(self.model, calls, self.data, batch) if drifting else []
+            for call, (name, x) in enumerate(found):
                 seed = index * 1009 + call
-                rows = samplers[name].rows(x, seed)
-                original = None if r is None else samplers[name].rows(r, seed)
+                rows, original = samplers[name].rows(x, seed), None
+                # a network that chooses its way by its data may hand a layer other samples than before
+                if call < len(originals) and (name, x.shape) == (
+                    originals[call][0],
+                    originals[call][1].shape,
+                ):
+                    original = samplers[name].rows(originals[call][1], seed)
                 moments[name].add(rows, original, weights.get(name))
         return {name: found for name, found in moments.items() if found.count}
 
@@ -233,6 +236,8 @@ def _bring_home(model: nn.Module, work: nn.Module, masks: dict[str, Tensor], *, 
     for name, module in result.named_modules():
         if name in masks and name not in sparse:
             _copy_parameters(done[name], module)
+            if isinstance(module, MaskedLayer):
+                module.set_mask(masks[name])
         elif isinstance(module, _BatchNorm):
             module.load_state_dict(done[name].state_dict())
     return result
