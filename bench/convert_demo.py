@@ -73,8 +73,8 @@ def conversions(start: str, model: nn.Module, data: ImageData, batches: list[tor
             "masked": {"reconstruct": False, "bn_batches": 0},
             "masked + BN": {"reconstruct": False},
             "least squares": {"bn_batches": 0},
-            "least squares + BN": {},
-            "w2x2 + least squares + BN": {"score": "wx2"},
+            "least squares + BN": {"bn_batches": len(batches)},
+            "wx2 + least squares": {"score": "wx2", "bn_batches": 0},
         }.items():
             report = sparseprop.convert(model, pattern, batches, inplace=False, **options)
             row[column] = score(report.model, data)

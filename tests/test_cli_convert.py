@@ -64,7 +64,7 @@ def test_mask_skips_by_name_and_says_why_others_stay():
 def test_convert_writes_a_checkpoint_that_fits_the_architecture():
     command = (
         "convert model.safetensors --pattern 2:4 --out converted.safetensors --data digits --batches 4 "
-        "--plot converted.png"
+        "--bn-batches 4 --plot converted.png"
     )
     status, out, err = call(command)
     assert status == 0

@@ -407,7 +407,7 @@ def test_reconstruction_refuses_numbers_without_sense():
 
 def test_a_report_prints_and_round_trips():
     seen = []
-    report = sparseprop.convert(small_net(), "2:4", batches(), progress=seen.append)
+    report = sparseprop.convert(small_net(), "2:4", batches(), bn_batches=9, progress=seen.append)
     assert [(p.layer, p.done, p.total) for p in seen] == [("3", 0, 3), ("5", 1, 3), ("8", 2, 3), ("", 3, 3)]
     assert ConversionReport.from_json(report.to_json()) == report
     lines = str(report).splitlines()
@@ -422,6 +422,23 @@ def test_a_report_prints_and_round_trips():
             ConversionReport.from_json(text)
     with pytest.raises(SparsePropError, match="has no layer 'x'"):
         report["x"]
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ({"reconstruct": False}, 4),
+        ({"sequential": False}, 4),
+        ({}, 0),
+        ({"bn_batches": 2}, 2),
+        ({"reconstruct": False, "bn_batches": 0}, 0),
+    ],
+)
+def test_batch_norm_is_measured_anew_where_that_helps_or_is_asked_for(options, used):
+    model = small_net()
+    report = sparseprop.convert(model, "2:4", batches(), **options)
+    assert report.bn_batches == used
+    assert torch.equal(model[1].running_mean, torch.zeros(16)) == (used == 0)
 
 
 def test_batch_norm_becomes_the_plain_average_over_all_batches():

@@ -36,6 +36,9 @@ def convert(
     sequential: Annotated[bool, typer.Option(help="Fit each layer after those before it.")] = True,
     batches: Annotated[int, typer.Option(help="Calibration batches.")] = 16,
     batch_size: Annotated[int, typer.Option(help="Images in each.")] = 64,
+    bn_batches: Annotated[
+        int | None, typer.Option(help="Batches for batch norm; by default none after a sequential fit.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the images.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="A PNG to draw.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -56,6 +59,7 @@ def convert(
         score=score,
         reconstruct=reconstruct,
         sequential=sequential,
+        bn_batches=bn_batches,
         progress=_tell,
     )
     save_tensors(out, model.state_dict(), {**note, "spec": dataclasses.asdict(spec)})

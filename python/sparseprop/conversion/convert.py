@@ -65,7 +65,7 @@ def convert(
 
     Each layer is masked, then its remaining weights and its bias are fitted to the outputs that the original
     layer had on the calibration inputs: layer-wise least squares, the problem of AdaPrune (Hubara et al.,
-    arXiv 2102.08124), solved by conjugate gradients. At last batch-norm statistics are measured anew.
+    arXiv 2102.08124), solved by conjugate gradients. Batch-norm statistics can be measured anew at last.
 
     Args:
         model: any eager module, with dense, pruned or sparse layers; sparse ones stay sparse. Training flags
@@ -82,7 +82,9 @@ def convert(
             the original network: better, and one layer's moments in memory at a time, two (K, K) matrices in
             float64 for K inputs per output. False fits all layers on the original network's inputs in one
             pass over the data, with all their matrices in memory.
-        bn_batches: the most batches for batch norm; all by default, 0 leaves it alone.
+        bn_batches: the most batches for batch norm, 0 leaves it alone. None takes all, but none after a
+            sequential fit: that keeps the means right, explains a part of each output's variance, and does
+            worse when the rest is scaled up to the full variance again (bench/convert_demo.py).
         filter_fn: ``filter_fn(module, name) -> bool``; layers for which it is false are left alone.
         forward_fn: ``forward_fn(model, batch)`` for batches of another form.
         tail: what happens to an incomplete last group, as in `masks.nm_mask`.
@@ -116,7 +118,7 @@ def convert(
     if not masks:
         raise SparsePropError(_nothing(converter, layers))
     used = 0
-    if data is not None and bn_batches != 0:
+    if data is not None and not (bn_batches is None and fit is not None and sequential):
         used = reestimate_batch_norm(work, data.batches, limit=bn_batches, forward_fn=data.forward)
     result = _bring_home(model, work, masks, inplace=inplace)
     return ConversionReport(converter.rule.text, score, layers, used, masks, result)
