@@ -1,0 +1,68 @@
+"""What threads and wider vectors bring: one layer with 1 thread and more, with each instruction set."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+
+import sparseprop
+from measure import EFFORTS, compare_settings, record, sparse_layer, timed
+from rows import Row
+from shapes import FLAGSHIP, ConvShape, LinearShape
+from sparseprop import _native
+from sparseprop.timing import module_step
+
+SHORT = (
+    FLAGSHIP,
+    LinearShape(3072, 768, 1024),
+    ConvShape(256, 256, 3, 14, 1, 16),
+    ConvShape(512, 128, 1, 28, 1, 16),
+)
+MORE = (LinearShape(4096, 4096, 512), ConvShape(64, 64, 3, 56, 1, 16), ConvShape(512, 512, 3, 7, 1, 16))
+SHAPES = {"tiny": (LinearShape(16, 24, 8),), "short": SHORT, "full": SHORT + MORE}
+SPARSITIES = {"tiny": (0.9,), "short": (0.9,), "full": (0.8, 0.9, 0.95)}
+
+
+def pytest_generate_tests(metafunc):
+    form = metafunc.config.getoption("form")
+    cases = [(shape, s) for shape in SHAPES[form] for s in SPARSITIES[form]]
+    metafunc.parametrize(("shape", "sparsity"), cases, ids=[f"{shape}-{s:.1%}" for shape, s in cases])
+
+
+@pytest.fixture
+def best_isa():
+    """Whatever a test chose, the instruction set is what it was."""
+    before = sparseprop.active_isa()
+    yield before
+    _native.set_max_isa(before)
+
+
+def run(benchmark, family, settings, shape, sparsity, form):
+    """Time a layer under each setting in turn; the first one is the base, the last one is ours."""
+    layer = sparse_layer(shape, sparsity)
+    step = module_step(layer, shape.input())
+    times = compare_settings(settings, step, EFFORTS[form])
+    base, *_, ours = settings
+    fields = timed(times, {name: name for name in settings}, ours, base)
+    row = Row(family, shape.group, str(shape), sparsity, nnz=layer.nnz, load=os.getloadavg()[0], **fields)
+    record(benchmark, row, step)
+
+
+def test_threads(benchmark, shape, sparsity, form, pytestconfig):
+    most = pytestconfig.getoption("threads")
+    counts = sorted({1, *(2**k for k in range(1, 10) if 2**k <= most), most})
+    run(
+        benchmark,
+        "threads",
+        {f"{n} threads": partial(torch.set_num_threads, n) for n in counts},
+        shape,
+        sparsity,
+        form,
+    )
+
+
+def test_isa(benchmark, best_isa, shape, sparsity, form):
+    isas = sparseprop.available_isas()
+    isas = isas[isas.index("avx2") :] if "avx2" in isas and form != "full" else isas
+    run(benchmark, "isa", {isa: partial(_native.set_max_isa, isa) for isa in isas}, shape, sparsity, form)
