@@ -13,8 +13,8 @@ from sparseprop import SparsePropError
 from summary import AIMS, choices, crossovers, slower_than_dense, speedups
 
 INTRO = (
-    "Forward and backward of one layer with bias and input gradient, float32, medians. Dense is the faster of "
-    "torch's layouts, run in turn with sparse."
+    "Forward and backward of one layer with bias and input gradient, float32, medians. Dense is the faster "
+    "of torch's layouts, run in turn with sparse."
 )
 
 

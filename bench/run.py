@@ -1,7 +1,7 @@
 """Run the benchmarks and write their report: `python bench/run.py [--short | --full]`.
 
-The short form takes under 5 minutes on two quiet cores. Results go to bench/out/: the JSON that pytest-benchmark
-writes, report.md, and plots.
+The short form takes under 5 minutes on two quiet cores. Results go to bench/out/: the JSON of
+pytest-benchmark, report.md, and plots.
 """
 
 from __future__ import annotations
