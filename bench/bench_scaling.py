@@ -1,10 +1,11 @@
-"""What threads and wider vectors bring: one layer with 1 thread and more, with each instruction set."""
+"""What threads, wider vectors and narrower activations bring: one layer under each setting in turn."""
 
 import os
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import sparseprop
 from measure import EFFORTS, compare_settings, record, sparse_layer, timed
@@ -43,8 +44,9 @@ def run(benchmark, family, settings, shape, sparsity, form):
     layer = sparse_layer(shape, sparsity)
     step = module_step(layer, shape.input())
     times = compare_settings(settings, step, EFFORTS[form])
-    base, *_, ours = settings
-    fields = timed(times, {name: name for name in settings}, ours, base)
+    names = list(settings)
+    base, ours = names[0], names[-1]
+    fields = timed(times, {name: name for name in names}, ours, base)
     row = Row(family, shape.group, str(shape), sparsity, nnz=layer.nnz, load=os.getloadavg()[0], **fields)
     record(benchmark, row, step)
 
@@ -55,7 +57,7 @@ def test_threads(benchmark, shape, sparsity, form, pytestconfig):
     run(
         benchmark,
         "threads",
-        {f"{n} threads": partial(torch.set_num_threads, n) for n in counts},
+        {f"{n} thread{'s' * (n > 1)}": partial(torch.set_num_threads, n) for n in counts},
         shape,
         sparsity,
         form,
@@ -66,3 +68,30 @@ def test_isa(benchmark, best_isa, shape, sparsity, form):
     isas = sparseprop.available_isas()
     isas = isas[isas.index("avx2") :] if "avx2" in isas and form != "full" else isas
     run(benchmark, "isa", {isa: partial(_native.set_max_isa, isa) for isa in isas}, shape, sparsity, form)
+
+
+class Autocast(nn.Module):
+    """A layer under autocast to bfloat16."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layer(x)
+
+
+def test_bfloat16(benchmark, shape, sparsity, form):
+    layer, x = sparse_layer(shape, sparsity), shape.input()
+    x_half = x.detach().bfloat16().requires_grad_()
+    steps = {
+        "dense bfloat16": module_step(Autocast(layer.to_dense()), x_half),
+        "sparse float32": module_step(layer, x),
+        "sparse bfloat16": module_step(Autocast(layer), x_half),
+    }
+    fields = timed(
+        EFFORTS[form].compare(steps), {name: name for name in steps}, "sparse bfloat16", "sparse float32"
+    )
+    row = Row("bfloat16", shape.group, str(shape), sparsity, nnz=layer.nnz, load=os.getloadavg()[0], **fields)
+    record(benchmark, row, steps["sparse bfloat16"])

@@ -19,6 +19,15 @@ def _random(rows: int, cols: int, density: float, rng: Generator) -> Mask:
     return keep.reshape(rows, cols)
 
 
+def _scaled(share: npt.NDArray[np.float64], mean: float) -> npt.NDArray[np.float64]:
+    """Probabilities in these proportions, cut at 1, with this mean."""
+    low, high = 0.0, 1e6
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if np.minimum(1.0, middle * share).mean() < mean else (low, middle)
+    return np.minimum(1.0, high * share)
+
+
 def _skewed(rows: int, cols: int, density: float, rng: Generator) -> Mask:
     """As global magnitude pruning leaves it: lognormal row densities, some rows empty, some full."""
     share = rng.lognormal(0.0, 1.0, rows)
@@ -26,10 +35,8 @@ def _skewed(rows: int, cols: int, density: float, rng: Generator) -> Mask:
     full = min(rows // 50, int(0.3 * density * rows))
     share = rng.permutation(share)
     full_rows = np.flatnonzero(share)[:full]
-    wanted = density * rows - full
-    share[full_rows] = 0.0
-    chance = np.minimum(1.0, share * wanted / max(share.sum(), 1e-9))
-    chance[full_rows] = 1.0
+    share[full_rows] = np.inf
+    chance = _scaled(share, density)
     return rng.random((rows, cols)) < chance[:, None]
 
 
@@ -42,10 +49,9 @@ def _banded(rows: int, cols: int, density: float, rng: Generator) -> Mask:
 
 
 def _blocks(rows: int, cols: int, density: float, rng: Generator) -> Mask:
-    """Squares of 16 x 16, a quarter of them four times as dense as the rest together."""
+    """Squares of 16 x 16, a quarter of them twelve times as dense as the rest."""
     tiles = rng.random((-(-rows // 16), -(-cols // 16))) < 0.25
-    chance = np.where(tiles, 3.2 * density, 0.2 * density / 0.75)
-    chance *= density / np.minimum(chance, 1.0).mean()
+    chance = _scaled(np.where(tiles, 12.0, 1.0), density)
     return rng.random((rows, cols)) < np.kron(chance, np.ones((16, 16)))[:rows, :cols]
 
 

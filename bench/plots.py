@@ -63,7 +63,6 @@ def speed_by_sparsity(results: Results, folder: Path, pyplot: Any) -> Iterator[P
     figure, axes = pyplot.subplots(
         1, len(found), figsize=(4.4 * len(found), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
-    levels = sorted({sparsity for by in found.values() for sparsity in by})
     for axis, (group, by), colour in zip(axes[0], found.items(), COLOURS, strict=False):
         for line in _lines(row for row in results.of("layer") if row.group == group):
             axis.plot(
@@ -80,7 +79,8 @@ def speed_by_sparsity(results: Results, folder: Path, pyplot: Any) -> Iterator[P
             axis.plot(*zip(*aims, strict=True), "_", color="#333333", ms=14, mew=2, label="aim")
         axis.axhline(1, color="#333333", lw=1, ls=":")
         axis.set(xscale="log", yscale="log", title=group, xlabel="sparsity")
-        _label(axis.xaxis, [_by_density(s) for s in levels], lambda x: _percent(1 - 1 / x))
+        _label(axis.xaxis, [_by_density(s) for s in by], lambda x: _percent(round(1 - 1 / x, 4)))
+        axis.margins(x=0.12)
         axis.tick_params(axis="x", labelsize=8)
         axis.legend(loc="upper left")
     _label(axes[0][0].yaxis, [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128], lambda y: f"{y:g}x")

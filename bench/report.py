@@ -63,6 +63,7 @@ def means(results: Results) -> str:
         aims = AIMS.get(group, {})
         count = max(mean.count for mean in by.values())
         body.append([f"{group} ({count} shapes)", *(times(by[s].value) if s in by else "" for s in columns)])
+        body.append([f"{group}, fastest runs", *(times(by[s].best) if s in by else "" for s in columns)])
         if aims:
             body.append([f"{group}, aim", *(times(aims.get(s)) for s in columns)])
         body.append([f"{group}, worst", *(times(by[s].worst.speedup) if s in by else "" for s in columns)])
@@ -167,6 +168,11 @@ def render(results: Results, images: Iterable[str]) -> str:
         ("Uneven patterns", "pattern", patterns),
         ("Threads", "threads", lambda rows: candidates(rows, "layer", "most over one")),
         ("Instruction sets", "isa", lambda rows: candidates(rows, "layer", "best over first")),
+        (
+            "bfloat16 under autocast",
+            "bfloat16",
+            lambda rows: candidates(rows, "layer", "bfloat16 over float32"),
+        ),
         ("Peers", "peers", lambda rows: candidates(rows, "layer", "sparse over dense")),
         ("Fixed cost of a call", "overhead", lambda rows: candidates(rows, "layer")),
     ]

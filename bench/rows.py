@@ -21,6 +21,7 @@ class Row:
         shape, sparsity, pattern, variant: what was run.
         ms: median milliseconds of each candidate; spread: half the distance of its quartiles over the median.
         speedup: median over the rounds of the best dense time over the sparse time, with its quartiles.
+        speedup_best: fastest dense run over fastest sparse run, least disturbed by other work.
         gflops: rate counted on non-zeros; limit_gflops: what FMA and memory allow; intensity: flop per byte.
         error: largest difference from dense torch, relative to the largest value of each result.
         plan: what `sparseprop.plan` chooses without measuring.
@@ -38,6 +39,7 @@ class Row:
     spread: Mapping[str, float] = field(default_factory=dict)
     speedup: float | None = None
     speedup_range: tuple[float, float] | None = None
+    speedup_best: float | None = None
     gflops: float | None = None
     limit_gflops: float | None = None
     intensity: float | None = None

@@ -19,9 +19,10 @@ AIMS: Mapping[str, Mapping[float, float]] = {
 
 @dataclass(frozen=True)
 class Mean:
-    """Speed-ups of one group at one sparsity: geometric mean, the slowest shape, how many shapes."""
+    """Speed-ups of one group at one sparsity: geometric means, the slowest shape, how many shapes."""
 
     value: float
+    best: float  # of the fastest runs
     worst: Row
     count: int
 
@@ -45,12 +46,15 @@ def speedups(rows: Iterable[Row]) -> dict[str, dict[float, Mean]]:
         group: {
             sparsity: Mean(
                 geometric_mean(row.speedup or math.nan for row in those),
+                geometric_mean(row.speedup_best or row.speedup or math.nan for row in those),
                 min(those, key=lambda row: row.speedup or math.nan),
                 len(those),
             )
             for sparsity, those in sorted(by_sparsity.items())
         }
-        for group, by_sparsity in sorted(found.items(), key=lambda item: (item[0] not in AIMS, item[0]))
+        for group, by_sparsity in sorted(
+            found.items(), key=lambda item: (item[0] not in AIMS, -len(item[0]), item[0])
+        )
     }
 
 
