@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from measure import EFFORTS, record, sparse_layer, spread
+from measure import record, sparse_layer, spread
 from rows import Row
 from shapes import FLAGSHIP, ConvShape, LinearShape
 from sparseprop.ops.layout import lift
@@ -109,12 +109,12 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="module")
-def buffers(request, form):
+def buffers(request, effort):
     shape, sparsity = request.param
     found = Buffers(shape, sparsity)
     error = found.error()
     assert error < 1e-4, f"{shape} at {sparsity} differs from dense torch by {error:.1e}"
-    return found, sparsity, error, EFFORTS[form].compare(found.steps())
+    return found, sparsity, error, effort.compare(found.steps())
 
 
 def test_contraction(benchmark, buffers, contraction, limits):

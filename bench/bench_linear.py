@@ -10,6 +10,6 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("shape", "sparsity"), cases, ids=[f"{shape}-{s:.1%}" for shape, s in cases])
 
 
-def test_linear(benchmark, shape, sparsity, form, limits):
-    found = measured(shape, "Linear", form)
+def test_linear(benchmark, shape, sparsity, form, effort, limits):
+    found = measured(shape, "Linear", form, effort)
     record(benchmark, layer_row(found, sparsity, limits), found.steps[f"sparse {sparsity}"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparseprop
-from measure import EFFORTS, record, timed
+from measure import record, timed
 from rows import Row
 from sparseprop.timing import module_step
 
@@ -29,13 +29,13 @@ def in_a_row(step):
 
 @pytest.mark.parametrize("variant", ["forward", "forward + backward"])
 @pytest.mark.parametrize("kind", ["Linear", "Conv"])
-def test_call(benchmark, kind, variant, form):
+def test_call(benchmark, kind, variant, effort):
     layer, x = layers()[kind]
     grad = variant != "forward"
     x.requires_grad_(grad)
     modules = {"sparse": layer, "dense": layer.to_dense()}
     steps = {name: in_a_row(module_step(module, x, grad=grad)) for name, module in modules.items()}
-    times = EFFORTS[form].compare(steps)
+    times = effort.compare(steps)
     fields = timed(times, {name: name for name in steps}, "sparse", "dense")
     fields["ms"] = {name: ms / CALLS for name, ms in fields["ms"].items()}
     row = Row(

@@ -2,7 +2,7 @@
 
 import os
 
-from measure import EFFORTS, largest_error, record, sparse_layer, timed
+from measure import largest_error, record, sparse_layer, timed
 from patterns import PATTERNS
 from rows import Row
 from shapes import FLAGSHIP, ConvShape, LinearShape
@@ -28,11 +28,11 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("pattern", [name for name in PATTERNS if name != "random"])
 
 
-def test_pattern(benchmark, shape, sparsity, pattern, form):
+def test_pattern(benchmark, shape, sparsity, pattern, effort):
     x = shape.input()
     layers = {name: sparse_layer(shape, sparsity, name) for name in ("random", pattern)}
     steps = {name: module_step(layer, x) for name, layer in layers.items()}
-    fields = timed(EFFORTS[form].compare(steps), {name: name for name in steps}, pattern, "random")
+    fields = timed(effort.compare(steps), {name: name for name in steps}, pattern, "random")
     per_weight = layers[pattern].nnz / layers["random"].nnz
     fields["speedup"] *= per_weight
     fields["speedup_range"] = tuple(per_weight * end for end in fields["speedup_range"])

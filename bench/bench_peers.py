@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from measure import EFFORTS, record, sparse_layer, timed
+from measure import record, sparse_layer, timed
 from rows import Row
 from shapes import FLAGSHIP, LinearShape
 from sparseprop.timing import Step, module_step
@@ -55,7 +55,7 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
-def test_peers(benchmark, shape, sparsity, form):
+def test_peers(benchmark, shape, sparsity, effort):
     layer, x = sparse_layer(shape, sparsity), shape.input()
     dense = layer.to_dense()
     steps = {
@@ -70,6 +70,6 @@ def test_peers(benchmark, shape, sparsity, form):
 
         theirs = SparseLinear(shape.in_features, shape.out_features, sparsity=sparsity)
         steps["SparseLab"] = module_step(theirs, x)
-    fields = timed(EFFORTS[form].compare(steps), {name: name for name in steps}, "sparse", "dense")
+    fields = timed(effort.compare(steps), {name: name for name in steps}, "sparse", "dense")
     row = Row("peers", shape.group, str(shape), sparsity, nnz=layer.nnz, load=os.getloadavg()[0], **fields)
     record(benchmark, row, steps["sparse"])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparseprop
-from measure import EFFORTS, compare_settings, record, sparse_layer, timed
+from measure import compare_settings, record, sparse_layer, timed
 from rows import Row
 from shapes import FLAGSHIP, ConvShape, LinearShape
 from sparseprop import _native
@@ -39,11 +39,11 @@ def best_isa():
     _native.set_max_isa(before)
 
 
-def run(benchmark, family, settings, shape, sparsity, form):
+def run(benchmark, family, settings, shape, sparsity, effort):
     """Time a layer under each setting in turn; the first one is the base, the last one is ours."""
     layer = sparse_layer(shape, sparsity)
     step = module_step(layer, shape.input())
-    times = compare_settings(settings, step, EFFORTS[form])
+    times = compare_settings(settings, step, effort)
     names = list(settings)
     base, ours = names[0], names[-1]
     fields = timed(times, {name: name for name in names}, ours, base)
@@ -51,7 +51,7 @@ def run(benchmark, family, settings, shape, sparsity, form):
     record(benchmark, row, step)
 
 
-def test_threads(benchmark, shape, sparsity, form, pytestconfig):
+def test_threads(benchmark, shape, sparsity, effort, pytestconfig):
     most = pytestconfig.getoption("threads")
     counts = sorted({1, *(2**k for k in range(1, 10) if 2**k <= most), most})
     run(
@@ -60,14 +60,14 @@ def test_threads(benchmark, shape, sparsity, form, pytestconfig):
         {f"{n} thread{'s' * (n > 1)}": partial(torch.set_num_threads, n) for n in counts},
         shape,
         sparsity,
-        form,
+        effort,
     )
 
 
-def test_isa(benchmark, best_isa, shape, sparsity, form):
+def test_isa(benchmark, best_isa, shape, sparsity, form, effort):
     isas = sparseprop.available_isas()
     isas = isas[isas.index("avx2") :] if "avx2" in isas and form != "full" else isas
-    run(benchmark, "isa", {isa: partial(_native.set_max_isa, isa) for isa in isas}, shape, sparsity, form)
+    run(benchmark, "isa", {isa: partial(_native.set_max_isa, isa) for isa in isas}, shape, sparsity, effort)
 
 
 class Autocast(nn.Module):
@@ -82,7 +82,7 @@ class Autocast(nn.Module):
             return self.layer(x)
 
 
-def test_bfloat16(benchmark, shape, sparsity, form):
+def test_bfloat16(benchmark, shape, sparsity, effort):
     layer, x = sparse_layer(shape, sparsity), shape.input()
     x_half = x.detach().bfloat16().requires_grad_()
     steps = {
@@ -90,8 +90,6 @@ def test_bfloat16(benchmark, shape, sparsity, form):
         "sparse float32": module_step(layer, x),
         "sparse bfloat16": module_step(Autocast(layer), x_half),
     }
-    fields = timed(
-        EFFORTS[form].compare(steps), {name: name for name in steps}, "sparse bfloat16", "sparse float32"
-    )
+    fields = timed(effort.compare(steps), {name: name for name in steps}, "sparse bfloat16", "sparse float32")
     row = Row("bfloat16", shape.group, str(shape), sparsity, nnz=layer.nnz, load=os.getloadavg()[0], **fields)
     record(benchmark, row, steps["sparse bfloat16"])

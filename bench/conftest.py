@@ -6,6 +6,8 @@ pytest bench/bench_linear.py --benchmark-enable --form=short --benchmark-json=ou
 from __future__ import annotations
 
 import os
+import time
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -14,8 +16,10 @@ import torch
 
 import sparseprop
 from limits import Limits, measure_limits
+from measure import EFFORTS, Effort
 from shapes import FORMS
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 BUSY = 0.15  # share of the cores that others may use before the numbers are doubtful
 
 
@@ -25,10 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="threads to use"
     )
+    parser.addoption("--clock", choices=CLOCKS, default="wall", help="cpu: for one thread on a busy machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Threads are pinned before anything runs; a look at what others do on this machine."""
+    if config.getoption("clock") == "cpu" and config.getoption("threads") != 1:
+        raise pytest.UsageError("--clock=cpu adds up what all threads use; it needs --threads=1.")
     torch.set_num_threads(config.getoption("threads"))
     others = psutil.cpu_percent(interval=0.5) / 100
     config.stash[_OTHERS] = others
@@ -53,6 +60,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["sparseprop"] = {
         "form": config.getoption("form"),
         "threads": limits.threads,
+        "clock": config.getoption("clock"),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "isa": sparseprop.active_isa(),
         "isas": list(sparseprop.available_isas()),
@@ -71,6 +79,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def form(pytestconfig: pytest.Config) -> str:
     """tiny, short or full."""
     return str(pytestconfig.getoption("form"))
+
+
+@pytest.fixture(scope="session")
+def effort(pytestconfig: pytest.Config) -> Effort:
+    """How long to time, on which clock."""
+    clock = CLOCKS[pytestconfig.getoption("clock")]
+    return replace(EFFORTS[pytestconfig.getoption("form")], clock=clock)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -27,15 +27,22 @@ SPARSE_TYPE = {nn.Linear: sparseprop.nn.SparseLinear, nn.Conv2d: sparseprop.nn.S
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to time, for each form: seconds for one set of candidates, and rounds at least."""
+    """How long to time: seconds for one set of candidates, how many rounds, and on which clock."""
 
     budget_s: float
     min_rounds: int
     max_rounds: int = 100
+    clock: Callable[[], float] = time.perf_counter
 
     def compare(self, steps: Mapping[str, Step]) -> Comparison:
         """Time these candidates in turn."""
-        return compare(steps, budget_s=self.budget_s, min_rounds=self.min_rounds, max_rounds=self.max_rounds)
+        return compare(
+            steps,
+            budget_s=self.budget_s,
+            min_rounds=self.min_rounds,
+            max_rounds=self.max_rounds,
+            clock=self.clock,
+        )
 
 
 EFFORTS = {"tiny": Effort(1e-3, 1, 1), "short": Effort(0.7, 5), "full": Effort(3.0, 9)}
@@ -80,7 +87,7 @@ def batch_last(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def measured(shape: Shape, family: str, form: str) -> Measured:
+def measured(shape: Shape, family: str, form: str, effort: Effort) -> Measured:
     """Dense and sparse at every sparsity, timed in turn: each sparse time has a dense one beside it.
 
     The last one is kept: the rows of one shape follow each other.
@@ -95,7 +102,7 @@ def measured(shape: Shape, family: str, form: str) -> Measured:
         x_last = batch_last(x)
         for sparsity, layer in layers.items():
             steps[f"sparse batch_last {sparsity}"] = module_step(layer, x_last)
-    return Measured(shape, x, layers, steps, EFFORTS[form].compare(steps))
+    return Measured(shape, x, layers, steps, effort.compare(steps))
 
 
 def layer_row(found: Measured, sparsity: float, limits: Limits) -> Row:
@@ -189,17 +196,18 @@ def compare_settings(settings: Mapping[str, Any], step: Step, effort: Effort) ->
 
     A run that is not timed follows each switch: a changed number of threads starts new ones.
     """
-    names, start = list(settings), time.perf_counter()
+    names, clock = list(settings), effort.clock
+    start = clock()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for done in range(effort.max_rounds):
-        if done >= effort.min_rounds and time.perf_counter() - start > effort.budget_s:
+        if done >= effort.min_rounds and clock() - start > effort.budget_s:
             break
         for name in names[done % len(names) :] + names[: done % len(names)]:
             settings[name]()
             step()
-            before = time.perf_counter()
+            before = clock()
             step()
-            seconds[name].append(time.perf_counter() - before)
+            seconds[name].append(clock() - before)
     return Comparison({name: tuple(times) for name, times in seconds.items()})
 
 

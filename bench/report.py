@@ -41,12 +41,14 @@ def machine(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in own.get("versions", {}).items())
     memory = own.get("memory_gbs") or [[0, 0.0]]
     lines = [
-        f"{brand}, {own.get('cores')} cores, {own.get('threads')} threads, {own.get('isa')}; {versions}, "
+        f"{brand}, {own.get('cores')} cores, {own.get('threads')} used, {own.get('isa')}; {versions}, "
         f"Python {results.machine.get('python_version')}, {results.machine.get('system')}.",
         f"Limits ({own.get('limits_from')}): {own.get('fma_gflops', 0):.0f} GF/s; "
         f"{memory[-1][1]:.0f} GB/s from memory, {memory[0][1]:.0f} GB/s from the nearest cache measured.",
     ]
-    if own.get("busy"):
+    if own.get("clock") == "cpu":
+        lines.append("Times are CPU time of one thread, which others on the machine hardly disturb.")
+    elif own.get("busy"):
         lines.append(
             f"**The machine was busy** (others used {percent(own['others'])} of it, load {own['load']:.1f}): "
             "ratios are of runs taken in turn, but do not quote these numbers."

@@ -19,11 +19,10 @@ HERE = Path(__file__).parent
 FILES = ("overhead", "contractions", "linear", "conv", "patterns", "scaling", "peers")  # peers last
 
 
-def command(form: str, target: Path, files: list[str], threads: int | None) -> list[str]:
+def command(form: str, target: Path, files: list[str], pins: list[str]) -> list[str]:
     """The pytest call for these files."""
     paths = [str(HERE / f"bench_{name}.py") for name in files]
     options = ["--benchmark-enable", f"--form={form}", f"--benchmark-json={target}", "--benchmark-quiet"]
-    pins = [] if threads is None else [f"--threads={threads}"]
     return [sys.executable, "-m", "pytest", "-q", *paths, *options, *pins]
 
 
@@ -36,12 +35,16 @@ def main() -> int:
     parser.set_defaults(form="short")
     parser.add_argument("--only", nargs="+", choices=FILES, default=list(FILES), help="run these only")
     parser.add_argument("--threads", type=int, help="threads to use (default: 2, or 1 on one core)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: with --threads 1 only")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for the results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     target = arguments.out.resolve() / f"{arguments.form}.json"
     start = time.perf_counter()
-    run = command(arguments.form, target, arguments.only, arguments.threads)
+    pins = [f"--clock={arguments.clock}"]
+    if arguments.threads is not None:
+        pins.append(f"--threads={arguments.threads}")
+    run = command(arguments.form, target, arguments.only, pins)
     status = subprocess.run(run, cwd=HERE.parent, env=os.environ).returncode
     if status:
         print("the benchmarks failed; no report is written", file=sys.stderr)
