@@ -82,24 +82,6 @@ void run_tasks(int64_t tasks, bool parallel, size_t scratch_bytes, Task task) {
   if (out_of_memory.load()) throw std::bad_alloc();
 }
 
-template <class S>
-const KernelsOf<S>& kernels_of(const Kernels& k);
-template <>
-const KernelsOf<float>& kernels_of(const Kernels& k) { return k.f32; }
-template <>
-const KernelsOf<double>& kernels_of(const Kernels& k) { return k.f64; }
-
-template <class In, class Out>
-const Movers<In, Out>& movers(const Kernels& k);
-template <>
-const Movers<float, float>& movers(const Kernels& k) { return k.f32.move; }
-template <>
-const Movers<double, double>& movers(const Kernels& k) { return k.f64.move; }
-template <>
-const Movers<bf16, float>& movers(const Kernels& k) { return k.from_bf16; }
-template <>
-const Movers<float, bf16>& movers(const Kernels& k) { return k.to_bf16; }
-
 struct Range {
   int64_t begin, end;
 };
@@ -156,7 +138,7 @@ void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* 
     shape.row_pitch *= phases;
     for (int64_t f = 0; f < phases; ++f) {
       const Placement place = place_input(call.layer, call.sizes, grid, x.strides, grid.phases[f]);
-      pack(movers<A, S>(call.table), grid, place, static_cast<const A*>(x.data), 0, call.layer.in_channels,
+      pack<A, S>(call.table, grid, place, static_cast<const A*>(x.data), 0, call.layer.in_channels,
            {padded.begin, padded.end + grid.max_shift}, panel + f * plan.panel.row_pitch, shape);
     }
     const Range mine = share(parts, groups, task % groups);
@@ -170,7 +152,7 @@ void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* 
                                         plan.stream.unit_log2, tile + j, plan.chunk});
         }
       }
-      unpack(movers<S, A>(call.table), grid, place_out, static_cast<A*>(out.data), part.row, part.rows, columns, tile,
+      unpack<S, A>(call.table, grid, place_out, static_cast<A*>(out.data), part.row, part.rows, columns, tile,
              plan.chunk);
     }
   });
@@ -214,7 +196,7 @@ class BackwardRun {
     for (int64_t c = chunks.begin; c < chunks.end; ++c) {
       const Columns columns = call_.chunk(c), padded = call_.padded(columns);
       const Placement place = place_output(call_.sizes, grid_, grad_out_.strides);
-      pack(movers<A, S>(call_.table), grid_, place, static_cast<const A*>(grad_out_.data), 0, call_.layer.out_channels,
+      pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grad_out_.data), 0, call_.layer.out_channels,
            {padded.begin - grid_.max_shift, padded.end}, panel, plan_.panel);
       if (bias_sums_ && group == 0) sum_bias(panel, padded.end - padded.begin, split);
       if (!grads_.in.data && !grads_.values) continue;
@@ -241,7 +223,7 @@ class BackwardRun {
     const PanelShape rows = {plan_.chunk * phases, plan_.tile, plan_.tile};
     for (int64_t f = 0; x && f < phases; ++f) {
       const Placement place = place_input(call_.layer, call_.sizes, grid_, x_.strides, grid_.phases[f]);
-      pack(movers<A, S>(call_.table), grid_, place, static_cast<const A*>(x_.data), channel, channels, padded,
+      pack<A, S>(call_.table, grid_, place, static_cast<const A*>(x_.data), channel, channels, padded,
            x + f * plan_.chunk, rows);
     }
     for (int64_t j = 0; j < width; j += plan_.tile) {
@@ -263,7 +245,7 @@ class BackwardRun {
 
   void store_grad(const Triple& phase, const S* rows, int64_t channel, int64_t channels, Columns columns) const {
     const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.in.strides, phase);
-    unpack(movers<S, A>(call_.table), grid_, place, static_cast<A*>(grads_.in.data), channel, channels, columns, rows,
+    unpack<S, A>(call_.table, grid_, place, static_cast<A*>(grads_.in.data), channel, channels, columns, rows,
            plan_.chunk * static_cast<int64_t>(grid_.phases.size()));
   }
 
@@ -439,7 +421,7 @@ int64_t Contraction::storage_bytes() const {
 void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, const void* bias,
                           TensorRef out) {
   const int64_t element = dtype == DType::float64 ? 8 : 4;
-  const int64_t lanes = choose_lanes(layer_, sizes, element, batch_last(x.strides, sizes.batch));
+  const int64_t lanes = choose_lanes(sizes, element, batch_last(x.strides, sizes.batch));
   const auto low = lower(Direction::forward, sizes, element, lanes);
   const bool parallel = double(nnz_) * double(low->grid.columns) > kSerialWork;
   const Kernels& table = active_kernels();
@@ -458,7 +440,7 @@ void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const vo
 void Contraction::backward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, TensorRef grad_out,
                            TensorRef grad_in, void* grad_values, void* grad_bias) {
   const int64_t element = dtype == DType::float64 ? 8 : 4;
-  const int64_t lanes = choose_lanes(layer_, sizes, element, batch_last(grad_out.strides, sizes.batch));
+  const int64_t lanes = choose_lanes(sizes, element, batch_last(grad_out.strides, sizes.batch));
   const auto low = lower(Direction::backward, sizes, element, lanes);
   const bool parallel = double(nnz_) * double(low->grid.columns) > kSerialWork;
   const Kernels& table = active_kernels();

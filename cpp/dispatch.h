@@ -11,4 +11,24 @@ std::vector<std::string> available_isas();   // slowest first
 const Kernels& active_kernels();
 void set_max_isa(const std::string& name);   // throws std::invalid_argument for an unknown name
 
+template <class S>
+const KernelsOf<S>& kernels_of(const Kernels& kernels) {
+  if constexpr (sizeof(S) == sizeof(double)) {
+    return kernels.f64;
+  } else {
+    return kernels.f32;
+  }
+}
+
+template <class In, class Out>
+const Movers<In, Out>& movers(const Kernels& kernels) {
+  if constexpr (sizeof(In) == sizeof(Out)) {
+    return kernels_of<In>(kernels).move;
+  } else if constexpr (sizeof(In) < sizeof(Out)) {
+    return kernels.from_bf16;
+  } else {
+    return kernels.to_bf16;
+  }
+}
+
 }  // namespace sparseprop

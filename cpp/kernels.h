@@ -63,11 +63,15 @@ struct BackwardArgs {
 };
 
 // Moving one row or block between a tensor and a panel; In and Out may differ (bfloat16 on one side).
-// copy:      dst[i * dst_stride] = src[i * src_stride],         i < n
-// transpose: dst[j * dst_pitch + i] = src[i * src_pitch + j],   i < rows, j < cols
+// copy:      dst[r * dst.pitch + i * dst.stride] = src[r * src.pitch + i * src.stride],  r < rows, i < cols
+// transpose: dst[j * dst_pitch + i] = src[i * src_pitch + j],                            i < rows, j < cols
+struct Layout2 {
+  ptrdiff_t pitch, stride;
+};
+
 template <class In, class Out>
 struct Movers {
-  void (*copy)(Out* dst, ptrdiff_t dst_stride, const In* src, ptrdiff_t src_stride, ptrdiff_t n);
+  void (*copy)(Out* dst, Layout2 to, const In* src, Layout2 from, ptrdiff_t rows, ptrdiff_t cols);
   void (*transpose)(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
                     ptrdiff_t cols);
 };
@@ -77,6 +81,7 @@ struct KernelsOf {
   // Index v - 1: a tile of v * lanes columns.
   void (*forward[kMaxTile])(const ForwardArgs<S>&);
   void (*backward[kMaxTile])(const BackwardArgs<S>&);
+  void (*zero)(S* dst, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);
   void (*row_sums)(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);  // sums[r] +=
   void (*gather)(S* dst, const S* src, const uint32_t* index, ptrdiff_t n);
   Movers<S, S> move;

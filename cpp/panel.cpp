@@ -1,7 +1,8 @@
 #include "panel.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "dispatch.h"
 
 namespace sparseprop {
 namespace {
@@ -72,51 +73,69 @@ void for_each_run(const Grid& grid, const Placement& place, Columns columns, Vis
   }
 }
 
-bool covers(const Grid& grid, const Placement& place, Columns columns) {
-  for (int d = 0; d < 4; ++d) {
-    if (place.low[d] != 0 || place.high[d] != grid.extent[d]) return false;
-  }
-  return columns.begin >= 0 && columns.end <= grid.columns && grid.batch % grid.lanes == 0;
-}
-
+// Panel columns that no run writes are zero: the gaps between runs, cut where tiles end.
 template <class S>
-void clear(S* panel, const PanelShape& shape, int64_t channels, int64_t width) {
-  for (int64_t j = 0; j < width; j += shape.tile) {
-    const int64_t n = shape.tile == shape.tile_pitch ? width : std::min(shape.tile, width - j);
-    for (int64_t c = 0; c < channels; ++c) std::memset(panel + c * shape.row_pitch + shape.at(j), 0, n * sizeof(S));
-    if (shape.tile == shape.tile_pitch) break;
+class Gaps {
+ public:
+  Gaps(const KernelsOf<S>& kernels, S* panel, const PanelShape& shape, int64_t rows)
+      : kernels_(kernels), panel_(panel), shape_(shape), rows_(rows) {}
+
+  void fill_up_to(int64_t column) {
+    while (done_ < column) {
+      const bool cut = shape_.tile != shape_.tile_pitch;
+      const int64_t n = cut ? std::min(column - done_, shape_.tile - done_ % shape_.tile) : column - done_;
+      kernels_.zero(panel_ + shape_.at(done_), shape_.row_pitch, rows_, n);
+      done_ += n;
+    }
   }
-}
+  void skip_to(int64_t column) { done_ = column; }
+
+ private:
+  const KernelsOf<S>& kernels_;
+  S* panel_;
+  const PanelShape& shape_;
+  int64_t rows_, done_ = 0;
+};
 
 }  // namespace
 
 template <class In, class S>
-void pack(const Movers<In, S>& move, const Grid& grid, const Placement& place, const In* tensor, int64_t first,
+void pack(const Kernels& kernels, const Grid& grid, const Placement& place, const In* tensor, int64_t first,
           int64_t channels, Columns columns, S* panel, const PanelShape& shape) {
-  if (!covers(grid, place, columns)) clear(panel, shape, channels, columns.end - columns.begin);
+  const Movers<In, S>& move = movers<In, S>(kernels);
   const int64_t cs = place.channel_step, ls = place.lane_step, pitch = shape.row_pitch, lanes = grid.lanes;
   tensor += first * cs;
   auto one_lane = [&](S* dst, const In* src, int64_t count, int64_t step) {
     if (cs == 1 && step != 1) {
       move.transpose(dst, pitch, src, step, count, channels);
     } else {
-      for (int64_t c = 0; c < channels; ++c) move.copy(dst + c * pitch, 1, src + c * cs, step, count);
+      move.copy(dst, {pitch, 1}, src, {cs, step}, channels, count);
     }
   };
   auto batch_lanes = [&](S* dst, const In* src, int64_t count, int64_t step, int64_t valid) {
+    if (valid < lanes) kernels_of<S>(kernels).zero(dst, pitch, channels, count * lanes);
     if (cs == 1) {
       for (int64_t i = 0; i < count; ++i) move.transpose(dst + i * lanes, pitch, src + i * step, ls, valid, channels);
     } else if (step == 1) {
       for (int64_t c = 0; c < channels; ++c) move.transpose(dst + c * pitch, lanes, src + c * cs, ls, valid, count);
     } else {
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t i = 0; i < count; ++i)
-          move.copy(dst + c * pitch + i * lanes, 1, src + c * cs + i * step, ls, valid);
+        move.copy(dst + c * pitch, {lanes, 1}, src + c * cs, {step, ls}, count, valid);
     }
   };
+  const bool cut = shape.tile != shape.tile_pitch;  // runs end where tiles do
+  Gaps<S> gaps(kernels_of<S>(kernels), panel, shape, channels);
   for_each_run(grid, place, columns, [&](const RunOfData& run) {
-    const bool cut = shape.tile != shape.tile_pitch;  // runs end where tiles do
-    for (int64_t i = 0; i < run.count;) {
+    gaps.fill_up_to(run.column);
+    const int64_t tiles = run.count / shape.tile;
+    if (cut && lanes == 1 && cs != 1 && tiles > 1 && run.column % shape.tile == 0) {
+      // Whole tiles, one channel after the other: long reads, each row's pages once.
+      for (int64_t c = 0; c < channels; ++c)
+        move.copy(panel + c * pitch + shape.at(run.column), {shape.tile_pitch, 1}, tensor + run.element + c * cs,
+                  {shape.tile * run.step, run.step}, tiles, shape.tile);
+    }
+    const bool done = cut && lanes == 1 && cs != 1 && tiles > 1 && run.column % shape.tile == 0;
+    for (int64_t i = done ? tiles * shape.tile : 0; i < run.count;) {
       const int64_t column = run.column + i * lanes, left = run.count - i;
       const int64_t n = cut ? std::min(left, (shape.tile - column % shape.tile) / lanes) : left;
       S* dst = panel + shape.at(column);
@@ -128,12 +147,15 @@ void pack(const Movers<In, S>& move, const Grid& grid, const Placement& place, c
       }
       i += n;
     }
+    gaps.skip_to(run.column + run.count * lanes);
   });
+  gaps.fill_up_to(columns.end - columns.begin);
 }
 
 template <class S, class Out>
-void unpack(const Movers<S, Out>& move, const Grid& grid, const Placement& place, Out* tensor, int64_t first,
+void unpack(const Kernels& kernels, const Grid& grid, const Placement& place, Out* tensor, int64_t first,
             int64_t channels, Columns columns, const S* panel, int64_t pitch) {
+  const Movers<S, Out>& move = movers<S, Out>(kernels);
   const int64_t cs = place.channel_step, ls = place.lane_step, lanes = grid.lanes;
   tensor += first * cs;
   for_each_run(grid, place, columns, [&](const RunOfData& run) {
@@ -148,28 +170,27 @@ void unpack(const Movers<S, Out>& move, const Grid& grid, const Placement& place
           move.transpose(dst + c * cs, ls, src + c * pitch, lanes, run.count, run.lanes);
       } else {
         for (int64_t c = 0; c < channels; ++c)
-          for (int64_t i = 0; i < run.count; ++i)
-            move.copy(dst + c * cs + i * run.step, ls, src + c * pitch + i * lanes, 1, run.lanes);
+          move.copy(dst + c * cs, {run.step, ls}, src + c * pitch, {lanes, 1}, run.count, run.lanes);
       }
     } else if (cs == 1 && run.step != 1) {
       move.transpose(dst, run.step, src, pitch, channels, run.count);
     } else {
-      for (int64_t c = 0; c < channels; ++c) move.copy(dst + c * cs, run.step, src + c * pitch, 1, run.count);
+      move.copy(dst, {cs, run.step}, src, {pitch, 1}, channels, run.count);
     }
   });
 }
 
-template void pack(const Movers<float, float>&, const Grid&, const Placement&, const float*, int64_t, int64_t, Columns,
-                   float*, const PanelShape&);
-template void pack(const Movers<double, double>&, const Grid&, const Placement&, const double*, int64_t, int64_t,
-                   Columns, double*, const PanelShape&);
-template void pack(const Movers<bf16, float>&, const Grid&, const Placement&, const bf16*, int64_t, int64_t, Columns,
-                   float*, const PanelShape&);
-template void unpack(const Movers<float, float>&, const Grid&, const Placement&, float*, int64_t, int64_t, Columns,
-                     const float*, int64_t);
-template void unpack(const Movers<double, double>&, const Grid&, const Placement&, double*, int64_t, int64_t, Columns,
-                     const double*, int64_t);
-template void unpack(const Movers<float, bf16>&, const Grid&, const Placement&, bf16*, int64_t, int64_t, Columns,
-                     const float*, int64_t);
+template void pack(const Kernels&, const Grid&, const Placement&, const float*, int64_t, int64_t, Columns, float*,
+                   const PanelShape&);
+template void pack(const Kernels&, const Grid&, const Placement&, const double*, int64_t, int64_t, Columns, double*,
+                   const PanelShape&);
+template void pack(const Kernels&, const Grid&, const Placement&, const bf16*, int64_t, int64_t, Columns, float*,
+                   const PanelShape&);
+template void unpack(const Kernels&, const Grid&, const Placement&, float*, int64_t, int64_t, Columns, const float*,
+                     int64_t);
+template void unpack(const Kernels&, const Grid&, const Placement&, double*, int64_t, int64_t, Columns, const double*,
+                     int64_t);
+template void unpack(const Kernels&, const Grid&, const Placement&, bf16*, int64_t, int64_t, Columns, const float*,
+                     int64_t);
 
 }  // namespace sparseprop

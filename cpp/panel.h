@@ -18,12 +18,12 @@ struct Columns {
 
 // panel[channel, columns] = tensor (or 0 where the grid holds no data), for channels [first, first + channels).
 template <class In, class S>
-void pack(const Movers<In, S>& move, const Grid& grid, const Placement& place, const In* tensor, int64_t first,
+void pack(const Kernels& kernels, const Grid& grid, const Placement& place, const In* tensor, int64_t first,
           int64_t channels, Columns columns, S* panel, const PanelShape& shape);
 
 // tensor = panel[channel, columns] wherever the grid holds data. `panel` rows are contiguous (tile_pitch == tile).
 template <class S, class Out>
-void unpack(const Movers<S, Out>& move, const Grid& grid, const Placement& place, Out* tensor, int64_t first,
+void unpack(const Kernels& kernels, const Grid& grid, const Placement& place, Out* tensor, int64_t first,
             int64_t channels, Columns columns, const S* panel, int64_t row_pitch);
 
 }  // namespace sparseprop

@@ -26,6 +26,6 @@ struct Problem {
 };
 
 Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size);
-int64_t choose_lanes(const Layer& layer, const Sizes& sizes, int64_t element_size, bool batch_last);
+int64_t choose_lanes(const Sizes& sizes, int64_t element_size, bool batch_last);
 
 }  // namespace sparseprop

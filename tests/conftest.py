@@ -8,15 +8,16 @@ import torch
 from checks import BACKENDS, running
 
 # torchvision's compiled operators need CUDA's runtime and do not load beside a CPU torch. Declaring the two
-# that its Python code registers fake kernels for lets it, and all that import it, load. Kept for the whole run.
+# that its Python code registers fake kernels for lets it, and all that import it, load.
 _VISION = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):
     _VISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Dense torch announces a copy that is no concern of ours."""
+    """Two warnings that torch gives about its own affairs."""
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.*is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -146,7 +146,6 @@ def test_inference_mode_works_and_its_tensors_too(backend):
         assert torch.equal(function_of(geometry, copy)(x, values, bias), wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch meets it on the way
 def test_forward_mode_is_refused_not_ignored():
     geometry, size = GEOMETRIES["linear"]
     pattern, (x, values, bias) = operands(geometry, size)

@@ -35,7 +35,7 @@ struct DotRing {
   }
 };
 
-template <class V, int vecs, bool want_x, bool want_dots>
+template <class V, int vecs, bool want_x, bool want_dots, bool scaled>
 struct Backward {
   using S = typename V::scalar;
   using Ring = DotRing<V>;
@@ -75,7 +75,7 @@ struct Backward {
           if (want_dots) flushed = Ring::make_room(ring, flushed, written, n, dots, accumulate);
           for (const uint32_t stop = k + n; k < stop; ++k, ++written) {
             const V value = want_x ? V::broadcast(values[k]) : V::zero();
-            const V dot = both(grad_x, x, value, panel + (size_t(offset[k]) << unit_log2));
+            const V dot = both(grad_x, x, value, panel + (scaled ? size_t(offset[k]) << unit_log2 : size_t(offset[k])));
             if (want_dots) dot.store(Ring::slot(ring, written));
           }
         }
@@ -90,16 +90,25 @@ struct Backward {
   }
 };
 
-template <class V, int vecs>
+template <class V, int vecs, bool want_x, bool want_dots>
 void backward_pass(const BackwardArgs<typename V::scalar>& a, int first) {
   const ptrdiff_t column = first * V::width;
   const bool accumulate = a.accumulate || first > 0;
-  if (a.x && a.grad_x) {
-    Backward<V, vecs, true, true>::block(a, column, accumulate);
-  } else if (a.x) {
-    Backward<V, vecs, false, true>::block(a, column, accumulate);
+  if (a.unit_log2 == 0) {
+    Backward<V, vecs, want_x, want_dots, false>::block(a, column, accumulate);
   } else {
-    Backward<V, vecs, true, false>::block(a, column, accumulate);
+    Backward<V, vecs, want_x, want_dots, true>::block(a, column, accumulate);
+  }
+}
+
+template <class V, int vecs>
+void backward_pass(const BackwardArgs<typename V::scalar>& a, int first) {
+  if (a.x && a.grad_x) {
+    backward_pass<V, vecs, true, true>(a, first);
+  } else if (a.x) {
+    backward_pass<V, vecs, false, true>(a, first);
+  } else {
+    backward_pass<V, vecs, true, false>(a, first);
   }
 }
 

@@ -6,12 +6,16 @@
 namespace sparseprop {
 
 // `vecs` vectors per tile. `chains` independent accumulator sets hide the FMA latency (4 cycles, 2 a cycle: 8 chains).
-template <class V, int vecs>
+// Two rows at a time instead of two chains per row: 20 % slower (more live pointers than registers).
+// Prefetching the next rows' values: +2 % at 90 %, nothing elsewhere.
+// `scaled`: offsets are in units of 1 << unit_log2 elements rather than 1.
+template <class V, int vecs, bool scaled>
 struct Forward {
   using S = typename V::scalar;
   static constexpr int chains = vecs >= 6 ? 1 : vecs >= 3 ? 2 : 4;
 
-  static inline void multiply_add(V (&acc)[vecs], V value, const S* columns) {
+  static inline void multiply_add(V (&acc)[vecs], V value, const S* panel, uint16_t offset, unsigned unit_log2) {
+    const S* columns = panel + (scaled ? size_t(offset) << unit_log2 : size_t(offset));
     asm("" : "+r"(columns));  // one address register: an indexed operand would split each FMA into two operations
     for (int i = 0; i < vecs; ++i) acc[i] = V::fma(value, V::loadu(columns + i * V::width), acc[i]);
   }
@@ -24,14 +28,14 @@ struct Forward {
       for (int c = 1; c < chains; ++c)
         for (int i = 0; i < vecs; ++i) extra[c][i] = V::zero();
       for (; k + chains <= count; k += chains) {
-        multiply_add(acc, V::broadcast(values[k]), panel + (size_t(offset[k]) << unit_log2));
+        multiply_add(acc, V::broadcast(values[k]), panel, offset[k], unit_log2);
         for (int c = 1; c < chains; ++c)
-          multiply_add(extra[c], V::broadcast(values[k + c]), panel + (size_t(offset[k + c]) << unit_log2));
+          multiply_add(extra[c], V::broadcast(values[k + c]), panel, offset[k + c], unit_log2);
       }
       for (int c = 1; c < chains; ++c)
         for (int i = 0; i < vecs; ++i) acc[i] = V::add(acc[i], extra[c][i]);
     }
-    for (; k < count; ++k) multiply_add(acc, V::broadcast(values[k]), panel + (size_t(offset[k]) << unit_log2));
+    for (; k < count; ++k) multiply_add(acc, V::broadcast(values[k]), panel, offset[k], unit_log2);
   }
 
   static void block(const ForwardArgs<S>& a, ptrdiff_t column) {
@@ -57,12 +61,21 @@ struct Forward {
   }
 };
 
+template <class V, int vecs>
+void forward_pass(const ForwardArgs<typename V::scalar>& a, ptrdiff_t column) {
+  if (a.unit_log2 == 0) {
+    Forward<V, vecs, false>::block(a, column);
+  } else {
+    Forward<V, vecs, true>::block(a, column);
+  }
+}
+
 // A tile of `vecs` vectors in passes that fit the registers.
 template <class V, int vecs>
 void forward_tile(const ForwardArgs<typename V::scalar>& a) {
   constexpr int most = 8, full = vecs / most * most;
-  for (int i = 0; i < full; i += most) Forward<V, most>::block(a, i * V::width);
-  if constexpr (vecs > full) Forward<V, vecs - full>::block(a, full * V::width);
+  for (int i = 0; i < full; i += most) forward_pass<V, most>(a, i * V::width);
+  if constexpr (vecs > full) forward_pass<V, vecs - full>(a, full * V::width);
 }
 
 }  // namespace sparseprop

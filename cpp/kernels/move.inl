@@ -7,12 +7,16 @@ namespace sparseprop {
 
 template <class V, class In, class Out>
 struct Move {
-  static void copy(Out* dst, ptrdiff_t dst_stride, const In* src, ptrdiff_t src_stride, ptrdiff_t n) {
-    ptrdiff_t i = 0;
-    if (dst_stride == 1 && src_stride == 1) {
-      for (; i + V::width <= n; i += V::width) V::loadu(src + i).storeu(dst + i);
+  static void copy(Out* dst, Layout2 to, const In* src, Layout2 from, ptrdiff_t rows, ptrdiff_t cols) {
+    for (ptrdiff_t r = 0; r < rows; ++r, dst += to.pitch, src += from.pitch) {
+      if (from.stride == 1 && to.stride == 1) {
+        contiguous(dst, src, cols);
+      } else if (from.stride == 2 && to.stride == 1) {
+        every_other(dst, src, cols);
+      } else {
+        for (ptrdiff_t i = 0; i < cols; ++i) dst[i * to.stride] = To<Out>::from(src[i * from.stride]);
+      }
     }
-    for (; i < n; ++i) dst[i * dst_stride] = To<Out>::from(src[i * src_stride]);
   }
 
   static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
@@ -32,6 +36,19 @@ struct Move {
   }
 
  private:
+  static inline void contiguous(Out* dst, const In* src, ptrdiff_t n) {
+    ptrdiff_t i = 0;
+    for (; i + V::width <= n; i += V::width) V::loadu(src + i).storeu(dst + i);
+    if (i < n) V::load_some(src + i, n - i).store_some(dst + i, n - i);
+  }
+
+  // A stride of 2 splits rows into phases: two loads and a permutation for `width` elements.
+  static inline void every_other(Out* dst, const In* src, ptrdiff_t n) {
+    ptrdiff_t i = 0;
+    for (; i + V::width < n; i += V::width) V::load_even(src + 2 * i).storeu(dst + i);
+    for (; i < n; ++i) dst[i] = To<Out>::from(src[2 * i]);
+  }
+
   static inline void block(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t i, ptrdiff_t j) {
     V::transpose(dst + j * dst_pitch + i, dst_pitch, src + i * src_pitch + j, src_pitch);
   }
@@ -45,6 +62,14 @@ struct Move {
 template <class V>
 struct Sums {
   using S = typename V::scalar;
+
+  static void zero(S* dst, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols) {
+    for (ptrdiff_t r = 0; r < rows; ++r, dst += pitch) {
+      ptrdiff_t i = 0;
+      for (; i + V::width <= cols; i += V::width) V::zero().storeu(dst + i);
+      if (i < cols) V::zero().store_some(dst + i, cols - i);
+    }
+  }
 
   // sums[r] += row r of the panel, added up in a fixed order
   static void rows(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols) {

@@ -16,6 +16,7 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           {&backward_tile<V, group>, &backward_tile<V, 2 * group>, &backward_tile<V, 3 * group>,
            &backward_tile<V, 4 * group>, &backward_tile<V, 5 * group>, &backward_tile<V, 6 * group>,
            &backward_tile<V, 7 * group>, &backward_tile<V, 8 * group>},
+          &Sums<V>::zero,
           &Sums<V>::rows,
           &Sums<V>::gather,
           {&Move<V, S, S>::copy, &Move<V, S, S>::transpose}};

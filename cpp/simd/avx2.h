@@ -3,9 +3,15 @@
 #pragma once
 #include <immintrin.h>
 
-#include "../kernels.h"
+#include "convert.h"
 
 namespace sparseprop::avx2 {
+
+// The first n 32-bit lanes.
+static inline __m256i first_lanes(ptrdiff_t n) {
+  const __m256i index = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), index);
+}
 
 struct F32 {
   using scalar = float;
@@ -38,6 +44,23 @@ struct F32 {
     const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
+  static F32 load_some(const float* p, ptrdiff_t n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+  static F32 load_some(const bf16* p, ptrdiff_t n) {
+    alignas(32) float all[8] = {};
+    for (ptrdiff_t i = 0; i < n; ++i) all[i] = To<float>::from(p[i]);
+    return load(all);
+  }
+  void store_some(float* p, ptrdiff_t n) const { _mm256_maskstore_ps(p, first_lanes(n), v); }
+  void store_some(bf16* p, ptrdiff_t n) const {
+    alignas(16) bf16 all[8];
+    storeu(all);
+    for (ptrdiff_t i = 0; i < n; ++i) p[i] = all[i];
+  }
+  template <class In>
+  static F32 load_even(const In* p) {
+    const __m256 pairs = _mm256_shuffle_ps(loadu(p).v, loadu(p + 8).v, 0x88);  // 0 2 8 10 | 4 6 12 14
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
   }
   static F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -87,6 +110,13 @@ struct F64 {
   static F64 loadu(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_store_pd(p, v); }
   void storeu(double* p) const { _mm256_storeu_pd(p, v); }
+  static F64 load_some(const double* p, ptrdiff_t n) {
+    return {_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_set_epi64x(3, 2, 1, 0)))};
+  }
+  void store_some(double* p, ptrdiff_t n) const {
+    _mm256_maskstore_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_set_epi64x(3, 2, 1, 0)), v);
+  }
+  static F64 load_even(const double* p) { return {_mm256_set_pd(p[6], p[4], p[2], p[0])}; }
   static F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

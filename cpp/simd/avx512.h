@@ -37,6 +37,23 @@ struct F32 {
     const __m512i fixed = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(fixed, 16)));
   }
+  static __mmask16 first(ptrdiff_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static F32 load_some(const float* p, ptrdiff_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static F32 load_some(const bf16* p, ptrdiff_t n) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
+  void store_some(float* p, ptrdiff_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  void store_some(bf16* p, ptrdiff_t n) const {
+    alignas(32) bf16 all[16];
+    storeu(all);
+    _mm256_mask_storeu_epi16(p, first(n), _mm256_load_si256(reinterpret_cast<const __m256i*>(all)));
+  }
+  template <class In>
+  static F32 load_even(const In* p) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return {_mm512_permutex2var_ps(loadu(p).v, even, loadu(p + 16).v)};
+  }
   static F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -99,6 +116,12 @@ struct F64 {
   static F64 loadu(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_store_pd(p, v); }
   void storeu(double* p) const { _mm512_storeu_pd(p, v); }
+  static __mmask8 first(ptrdiff_t n) { return static_cast<__mmask8>((1u << n) - 1u); }
+  static F64 load_some(const double* p, ptrdiff_t n) { return {_mm512_maskz_loadu_pd(first(n), p)}; }
+  void store_some(double* p, ptrdiff_t n) const { _mm512_mask_storeu_pd(p, first(n), v); }
+  static F64 load_even(const double* p) {
+    return {_mm512_set_pd(p[14], p[12], p[10], p[8], p[6], p[4], p[2], p[0])};
+  }
   static F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }

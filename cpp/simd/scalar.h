@@ -26,6 +26,23 @@ struct Vec {
   void storeu(Out* p) const {
     for (int i = 0; i < width; ++i) p[i] = To<Out>::from(lane[i]);
   }
+  // The first n < width lanes; load_even takes every second element.
+  template <class In>
+  static Vec load_some(const In* p, ptrdiff_t n) {
+    Vec r = zero();
+    for (ptrdiff_t i = 0; i < n; ++i) r.lane[i] = To<S>::from(p[i]);
+    return r;
+  }
+  template <class Out>
+  void store_some(Out* p, ptrdiff_t n) const {
+    for (ptrdiff_t i = 0; i < n; ++i) p[i] = To<Out>::from(lane[i]);
+  }
+  template <class In>
+  static Vec load_even(const In* p) {
+    Vec r;
+    for (int i = 0; i < width; ++i) r.lane[i] = To<S>::from(p[2 * i]);
+    return r;
+  }
   static Vec add(Vec a, Vec b) {
     for (int i = 0; i < width; ++i) a.lane[i] += b.lane[i];
     return a;

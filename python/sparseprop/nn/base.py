@@ -7,13 +7,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.nn.convert import dense_source, finished_mask, require_nm
 from sparseprop.nn.state import fitted
-from sparseprop.ops import Operator, apply
+from sparseprop.ops import Operator, apply, apply_again
 from sparseprop.pattern import SparsityPattern
 
 __all__ = ["SparseLayer"]
@@ -53,6 +54,8 @@ class SparseLayer(nn.Module):
                 f"{geometry.weight_shape}, got {pattern.rows} x {pattern.cols}."
             )
         self._geometry = geometry
+        self._pads_first = geometry.padding_mode != "zeros"
+        self._kernel_geometry = geometry.without_padding() if self._pads_first else geometry
         self._operator: Operator | None = None
         self.weight_values = Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         self.register_buffer("weight_row_ptr", pattern.row_ptr.to(device))
@@ -83,19 +86,14 @@ class SparseLayer(nn.Module):
         row_ptr, col_idx = buffers["weight_row_ptr"], buffers["weight_col_idx"]
         assert row_ptr is not None
         assert col_idx is not None
-        if torch.compiler.is_compiling() or not col_idx.is_cpu or type(col_idx) is not Tensor:
+        if is_compiling() or not col_idx.is_cpu or type(col_idx) is not Tensor:
             return apply(x, values, bias, row_ptr, col_idx, self._geometry, None)
-        return apply(x, values, bias, row_ptr, col_idx, self._geometry, self._current(row_ptr, col_idx))
-
-    def _current(self, row_ptr: Tensor, col_idx: Tensor) -> Operator:
         operator = self._operator
         if operator is None or not operator.matches(row_ptr, col_idx):
-            geometry = self._geometry
-            if geometry.padding_mode != "zeros":  # the input is padded beforehand
-                geometry = geometry.without_padding()
-            operator = Operator(geometry, row_ptr, col_idx)
+            operator = Operator(self._kernel_geometry, row_ptr, col_idx)
             object.__setattr__(self, "_operator", operator)
-        return operator
+        out = None if self._pads_first else apply_again(operator, x, values, bias)
+        return apply(x, values, bias, row_ptr, col_idx, self._geometry, operator) if out is None else out
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any

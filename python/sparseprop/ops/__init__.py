@@ -13,9 +13,10 @@ from torch.nn import functional
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.ops import eager, traced
-from sparseprop.ops.operator import DTYPE_CODES, Operator, operator_for
+from sparseprop.ops.call import DTYPE_CODES, Call
+from sparseprop.ops.operator import Operator, operator_for
 
-__all__ = ["Operator", "apply", "operator_for", "sparse_conv", "sparse_linear"]
+__all__ = ["Operator", "apply", "apply_again", "operator_for", "sparse_conv", "sparse_linear"]
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -76,18 +77,43 @@ def apply(
             x = functional.pad(x, geometry.functional_padding(), mode=geometry.padding_mode)
             geometry = geometry.without_padding()
     x = _check(x, values, bias, col_idx, geometry)
-    if is_compiling() or type(x) not in _PLAIN_TYPES or not x.is_cpu:
+    if is_compiling() or type(x) not in _PLAIN_TYPES or type(values) not in _PLAIN_TYPES or not x.is_cpu:
         result: Tensor = traced.contract(x, values, bias, row_ptr, col_idx, geometry.to_ints())
         return result
     if operator is None:
         operator = operator_for(geometry, row_ptr, col_idx)
+    return _run(operator, operator.call_for(x), x, values, bias)
+
+
+def apply_again(operator: Operator, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The short way for an eager call like an earlier one; None if this is not known to be one.
+
+    Not for layers that pad their input first: the operator knows padded shapes only.
+    """
+    call = operator.recall(x)
+    if (
+        call is None
+        or values.dtype is not call.wide
+        or values.numel() != operator.nnz
+        or (bias is not None and (bias.dtype is not call.wide or bias.numel() != call.channels))
+        or not (x.is_cpu and values.is_cpu)
+        or type(x) not in _PLAIN_TYPES
+        or type(values) not in _PLAIN_TYPES
+        or x.dtype is torch.bfloat16
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    return _run(operator, call, x, values, bias)
+
+
+def _run(operator: Operator, call: Call, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     # forward-mode tangents are invisible to the kernels: let autograd refuse them rather than drop them
-    tracked = torch.is_grad_enabled() and (
-        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if tracked or forward_ad._current_level >= 0:
-        return eager.contract(x, values, bias, operator)
-    return operator.forward(x, values, bias)
+    if (
+        torch.is_grad_enabled()
+        and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
+    ) or forward_ad._current_level >= 0:
+        return eager.contract(x, values, bias, operator, call)
+    return operator.forward(call, x, values, bias)
 
 
 def _check(x: Tensor, values: Tensor, bias: Tensor | None, col_idx: Tensor, geometry: Geometry) -> Tensor:

@@ -3,199 +3,178 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparseprop import backend
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
-from sparseprop.ops.layout import (
-    BATCH_LAST,
-    PLAIN,
-    Five,
-    collapse,
-    empty_conv,
-    empty_linear,
-    layout_of,
-    lift,
-    plain,
-)
+from sparseprop.ops.call import Call, new_call
+from sparseprop.ops.layout import PLAIN, Five, dense_strides, five_strides, lift, plain, sum_channels
 from sparseprop.pattern import SparsityPattern
 
 __all__ = ["Operator", "operator_for"]
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_MOST_CALLS = 256  # remembered per operator; more shapes than that do not repeat
+_ABSENT = (0, 0, 0, 0, 0)
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class View(NamedTuple):
-    """A tensor as the kernels see it; `tensor` is a copy where its own strides would not do."""
-
-    tensor: Tensor
-    batch: int
-    strides: Five
-    layout: int
-
-
-class Sizes(NamedTuple):
-    """Spatial sizes of one call: lifted input, left padding, lifted output, and the output of torch."""
-
-    input: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    output: tuple[int, int, int]
-    spatial: tuple[int, ...]
-
-
 class Operator:
-    """Immutable; `matches` tells whether the index tensors are still those it was made from.
-
-    A changed pattern needs a new operator, so that a backward pass keeps the one of its forward pass.
-    """
+    """Belongs to the index tensors as they are; if `matches` denies that, make a new one."""
 
     def __init__(self, geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> None:
         self.geometry = geometry
         self.nnz = col_idx.numel()
-        self._versions = (_version(row_ptr), _version(col_idx))
-        self._row_ptr, self._col_idx = weakref.ref(row_ptr), weakref.ref(col_idx)
-        self._backend = backend.Contraction
         self.contraction: Any = _lower(geometry, row_ptr, col_idx)
-        self._sizes: dict[tuple[int, ...], Sizes] = {}
+        self._backend = backend.Contraction
+        self._row_ptr, self._col_idx = weakref.ref(row_ptr), weakref.ref(col_idx)
+        self._versions = (_version(row_ptr), _version(col_idx))
+        self._calls: dict[Any, Call] = {}
 
     def matches(self, row_ptr: Tensor, col_idx: Tensor) -> bool:
         """False once an index tensor was replaced or written to, or the backend was switched."""
         return (
-            self._row_ptr() is row_ptr
-            and self._col_idx() is col_idx
-            and (_version(row_ptr), _version(col_idx)) == self._versions
+            self._col_idx() is col_idx
+            and self._row_ptr() is row_ptr
             and self._backend is backend.Contraction
+            and self._versions == (_version(row_ptr), _version(col_idx))
         )
 
-    def sizes(self, spatial: tuple[int, ...]) -> Sizes:
-        """The sizes of a call on an input of this spatial size (remembered)."""
-        found = self._sizes.get(spatial)
-        if found is None:
-            output = self.geometry.output_size(spatial)
-            left = lift([left for left, _ in self.geometry.padding], 0)
-            found = self._sizes[spatial] = Sizes(lift(spatial, 1), left, lift(output, 1), output)
-        return found
+    def require_unchanged(self) -> None:
+        """Refuse a backward pass whose pattern was overwritten since; kernels may borrow it."""
+        row_ptr, col_idx = self._row_ptr(), self._col_idx()
+        if (row_ptr is not None and _version(row_ptr) != self._versions[0]) or (
+            col_idx is not None and _version(col_idx) != self._versions[1]
+        ):
+            raise SparsePropError(
+                "the sparsity pattern was changed between forward and backward; run backward before changing "
+                "it (by load_state_dict, for example), or run forward again."
+            )
 
-    def view(self, x: Tensor) -> View:
-        """`x` with five strides. For Linear the leading dimensions become one, by a copy if it must be."""
-        if self.geometry.dims:
-            if x.is_neg():
-                x = plain(x)
-            stride = x.stride()
-            return View(x, x.shape[0], (stride[0], stride[1], *lift(stride[2:], 0)), layout_of(x))
-        features = x.shape[-1]
-        if not x.is_contiguous() or x.is_neg():
-            leading = None if x.is_neg() else collapse(x.shape, x.stride())
-            if leading is not None:
-                batch, step = leading
-                layout = BATCH_LAST if step == 1 and batch > 1 and x.stride(-1) != 1 else PLAIN
-                return View(x, batch, (step, x.stride(-1), 0, 0, 0), layout)
-            x = plain(x)
-        return View(x, x.numel() // features if features else 0, (features, 1, 0, 0, 0), PLAIN)
+    def recall(self, x: Tensor) -> Call | None:
+        """The call for an input like one seen before, whose dtype and channels were right."""
+        return self._calls.get((x.shape, x.stride(), x.dtype))
 
-    def empty(self, shape: Sequence[int], view: View, size: Sequence[int]) -> tuple[Tensor, Five]:
-        """An uninitialised tensor of this shape in the layout of `view`."""
-        if self.geometry.dims:
-            return empty_conv(shape, size, view.layout, view.tensor)
-        return empty_linear(shape, view.batch, view.layout, view.tensor)
+    def call_for(self, x: Tensor) -> Call:
+        """The call for an input of right dtype and channels, worked out once per shape and strides."""
+        call = self.recall(x)
+        if call is None:
+            if len(self._calls) >= _MOST_CALLS:
+                self._calls.clear()
+            call = self._calls[x.shape, x.stride(), x.dtype] = new_call(self.geometry, self.nnz, x)
+        return call
 
-    def output_shape(self, x_shape: torch.Size, sizes: Sizes) -> tuple[int, ...]:
-        """Shape of the output for an input of shape `x_shape`."""
-        if self.geometry.dims:
-            return (x_shape[0], self.geometry.out_channels, *sizes.spatial)
-        return (*x_shape[:-1], self.geometry.out_channels)
-
-    def forward(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """Output for checked tensors of any strides, in the layout of `x`. Knows nothing of autograd."""
-        sizes = self.sizes(x.shape[2:] if self.geometry.dims else ())
-        view = self.view(x)
-        out, out_strides = self.empty(self.output_shape(x.shape, sizes), view, sizes.output)
-        if not self.nnz or not out.numel():
-            return out.zero_() if bias is None else out.copy_(self._over_channels(bias))
-        values = values if values.is_contiguous() else values.contiguous()
-        bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+    def forward(self, call: Call, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Output for checked tensors, in the layout of `x`; knows nothing of autograd."""
+        if call.layout == PLAIN:
+            out = x.new_empty(call.out_shape)
+        else:
+            out = x.new_empty_strided(call.out_shape, call.out_memory)
+        if call.trivial:
+            return out.zero_() if bias is None else out.copy_(bias.view(-1, *(1,) * self.geometry.dims))
+        x_strides = call.in_strides
+        if x_strides is None or x.is_neg():
+            x, x_strides = plain(x), self._plain_strides(call)
+        if not values.is_contiguous():
+            values = values.contiguous()
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()
         self.contraction.forward(
-            DTYPE_CODES[x.dtype],
-            view.batch,
-            sizes.input,
-            sizes.padding,
-            sizes.output,
-            view.tensor.data_ptr(),
-            view.strides,
+            call.code,
+            call.batch,
+            call.in_size,
+            call.padding,
+            call.out_size,
+            x.data_ptr(),
+            x_strides,
             values.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
-            out_strides,
+            call.out_strides,
         )
         return out
 
     def backward(
         self,
+        call: Call,
         grad: Tensor,
         x: Tensor | None,
         values: Tensor | None,
-        shape: torch.Size,
-        layout: int | None = None,
-        needs: tuple[bool, bool, bool] = (True, True, True),
+        needs: tuple[bool, bool, bool],
     ) -> Gradients:
-        """Gradients for (input, values, bias) where `needs` says so, else None.
+        """Gradients for (input, values, bias) where `needs` says so, else None; `grad` may have any strides.
 
-        `x` may be None if no values gradient is needed, `values` if no input gradient is. The input gradient
-        has `shape`, in `layout` (that of `grad` by default).
+        `x` may be None if no values gradient is needed, `values` if no input gradient is.
         """
-        sizes = self.sizes(shape[2:] if self.geometry.dims else ())
-        grad_view = self.view(grad)
-        x_view = None if x is None else self.view(x)
-        like = grad_view if layout is None else grad_view._replace(layout=layout)
-        grad_x, grad_x_strides = self.empty(shape, like, sizes.input) if needs[0] else (None, (0,) * 5)
-        wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
-        grad_values = grad.new_empty((self.nnz,), dtype=wide) if needs[1] else None
-        grad_bias = grad.new_empty((self.geometry.out_channels,), dtype=wide) if needs[2] else None
-        if not self.nnz or not grad.numel():
-            for tensor in (grad_x, grad_values):
-                if tensor is not None:
-                    tensor.zero_()
-            return grad_x, grad_values, None if grad_bias is None else self.sum_channels(grad)
+        self.require_unchanged()
+        grad_x = grad_values = grad_bias = None
+        if needs[0]:
+            if call.layout == PLAIN:
+                grad_x = grad.new_empty(call.in_shape)
+            else:
+                grad_x = grad.new_empty_strided(call.in_shape, call.grad_memory)
+        if needs[1]:
+            grad_values = torch.empty(self.nnz, dtype=call.wide)
+        if needs[2]:
+            grad_bias = torch.empty(self.geometry.out_channels, dtype=call.wide)
+        if call.trivial:
+            return self._trivial_gradients(grad, grad_x, grad_values, grad_bias)
+        grad_strides: Five | None = call.out_strides
+        if grad.stride() != call.out_memory or grad.is_neg():
+            grad, grad_strides = self._readable(grad)
+        x_strides: Five | None = _ABSENT
+        if x is not None and needs[1]:
+            x_strides = call.in_strides
+            if x_strides is None or x.is_neg():
+                x, x_strides = plain(x), self._plain_strides(call)
         if values is not None and not values.is_contiguous():
             values = values.contiguous()
         self.contraction.backward(
-            DTYPE_CODES[grad.dtype],
-            grad_view.batch,
-            sizes.input,
-            sizes.padding,
-            sizes.output,
-            0 if x_view is None else x_view.tensor.data_ptr(),
-            (0,) * 5 if x_view is None else x_view.strides,
+            call.code,
+            call.batch,
+            call.in_size,
+            call.padding,
+            call.out_size,
+            x.data_ptr() if x is not None and needs[1] else 0,
+            x_strides,
             0 if values is None else values.data_ptr(),
-            grad_view.tensor.data_ptr(),
-            grad_view.strides,
+            grad.data_ptr(),
+            grad_strides,
             0 if grad_x is None else grad_x.data_ptr(),
-            grad_x_strides,
+            call.grad_strides,
             0 if grad_values is None else grad_values.data_ptr(),
             0 if grad_bias is None else grad_bias.data_ptr(),
         )
         return grad_x, grad_values, grad_bias
 
-    def sum_channels(self, grad: Tensor) -> Tensor:
-        """Sum of a gradient over all but the channels; at least float32."""
-        return sum_channels(grad, self.geometry.dims)
+    def _readable(self, tensor: Tensor) -> tuple[Tensor, Five]:
+        """A tensor of any strides, copied if the kernels could not read it, and its strides."""
+        dims = self.geometry.dims
+        strides = None if tensor.is_neg() else five_strides(tensor.shape, tensor.stride(), dims)
+        if strides is None:
+            tensor = plain(tensor)
+            strides = five_strides(tensor.shape, tensor.stride(), dims)
+        assert strides is not None
+        return tensor, strides
 
-    def _over_channels(self, bias: Tensor) -> Tensor:
-        return bias.reshape(-1, *(1,) * self.geometry.dims)
+    def _plain_strides(self, call: Call) -> Five | None:
+        dims = self.geometry.dims
+        return five_strides(call.in_shape, dense_strides(call.in_shape, PLAIN, dims), dims)
 
-
-def sum_channels(grad: Tensor, dims: int) -> Tensor:
-    """Sum over all dimensions but the channels', in the dtype of a bias."""
-    kept = 1 if dims else grad.dim() - 1
-    wide = torch.float32 if grad.dtype is torch.bfloat16 else grad.dtype
-    others = [dim for dim in range(grad.dim()) if dim != kept]
-    return grad.sum(others, dtype=wide) if others else grad.to(wide)
+    def _trivial_gradients(
+        self, grad: Tensor, grad_x: Tensor | None, grad_values: Tensor | None, grad_bias: Tensor | None
+    ) -> Gradients:
+        for tensor in (grad_x, grad_values):
+            if tensor is not None:
+                tensor.zero_()
+        if grad_bias is not None:
+            grad_bias = sum_channels(grad, self.geometry.dims)
+        return grad_x, grad_values, grad_bias
 
 
 def _version(tensor: Tensor) -> int:
@@ -223,18 +202,13 @@ def _lower(geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> Any:
         raise SparsePropError(f"the pattern cannot be lowered: {error}") from error
 
 
-_known: Any = None
+_known: MutableMapping[Tensor, Operator] = WeakTensorKeyDictionary()
 
 
 def operator_for(geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> Operator:
     """The operator of these index tensors, kept for as long as `col_idx` lives."""
-    global _known
-    if _known is None:
-        from torch.utils.weak import WeakTensorKeyDictionary
-
-        _known = WeakTensorKeyDictionary()
     found = _known.get(col_idx)
-    if isinstance(found, Operator) and found.geometry == geometry and found.matches(row_ptr, col_idx):
+    if found is not None and found.geometry == geometry and found.matches(row_ptr, col_idx):
         return found
     made = _known[col_idx] = Operator(geometry, row_ptr, col_idx)
     return made

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sparseprop.geometry import Geometry
-from sparseprop.ops.layout import BATCH_LAST, PLAIN, collapse, empty_conv, empty_linear, layout_of, lift
-from sparseprop.ops.operator import operator_for, sum_channels
+from sparseprop.ops.layout import empty, layout_of, sum_channels
+from sparseprop.ops.operator import operator_for
 
 __all__ = ["contract", "contract_backward"]
 
@@ -28,7 +28,8 @@ def contract(
     geometry: Sequence[int],
 ) -> Tensor:
     """Output of a sparse layer for an input of shape (N, C, ...), or (..., features) for Linear."""
-    return operator_for(Geometry.from_ints(geometry), row_ptr, col_idx).forward(x, values, bias)
+    operator = operator_for(Geometry.from_ints(geometry), row_ptr, col_idx)
+    return operator.forward(operator.call_for(x), x, values, bias)
 
 
 @torch.library.custom_op("sparseprop::contract_backward", mutates_args=())
@@ -45,7 +46,7 @@ def contract_backward(
     """Gradients for input and values; one that is not needed comes back empty."""
     operator = operator_for(Geometry.from_ints(geometry), row_ptr, col_idx)
     needs = (needs_input, needs_values, False)
-    grad_x, grad_values, _ = operator.backward(grad, x, values, x.shape, None, needs)
+    grad_x, grad_values, _ = operator.backward(operator.call_for(x), grad, x, values, needs)
     nothing = grad.new_empty(0)
     return (nothing if grad_x is None else grad_x), (
         values.new_empty(0) if grad_values is None else grad_values
@@ -64,8 +65,8 @@ def _(
     layer = Geometry.from_ints(geometry)
     if layer.dims:
         size = layer.output_size(x.shape[2:])
-        return _empty_like(x, (x.shape[0], layer.out_channels, *size), layer)
-    return _empty_like(x, (*x.shape[:-1], layer.out_channels), layer)
+        return empty((x.shape[0], layer.out_channels, *size), layout_of(x, layer.dims), layer.dims, x)
+    return empty((*x.shape[:-1], layer.out_channels), layout_of(x, 0), 0, x)
 
 
 @contract_backward.register_fake
@@ -79,20 +80,10 @@ def _(
     needs_input: bool,
     needs_values: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad_x = _empty_like(grad, x.shape, Geometry.from_ints(geometry)) if needs_input else grad.new_empty(0)
+    dims = Geometry.from_ints(geometry).dims
+    grad_x = empty(x.shape, layout_of(x, dims), dims, grad) if needs_input else grad.new_empty(0)
     wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
     return grad_x, values.new_empty(values.shape if needs_values else (0,), dtype=wide)
-
-
-def _empty_like(source: Tensor, shape: Sequence[int], layer: Geometry) -> Tensor:
-    """What `Operator.empty` gives: a tensor of `shape` in the layout of `source`."""
-    if layer.dims:
-        return empty_conv(shape, lift(shape[2:], 1), layout_of(source), source)[0]
-    if not source.is_contiguous():
-        leading = collapse(source.shape, source.stride())
-        if leading is not None and leading[1] == 1 and leading[0] > 1 and source.stride(-1) != 1:
-            return empty_linear(shape, leading[0], BATCH_LAST, source)[0]
-    return empty_linear(shape, 0, PLAIN, source)[0]
 
 
 def _save_contract(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
