@@ -1,4 +1,7 @@
-"""The contractions alone, called natively on buffers in their own layout, as shares of the limit."""
+"""The contractions alone, called natively on buffers in their own layout, as shares of the limit.
+
+At 99.9 % hardly any arithmetic is left: that is what moving the activations costs.
+"""
 
 import os
 
@@ -27,7 +30,7 @@ MORE = (
 )
 TINY = (LinearShape(16, 24, 8), ConvShape(4, 8, 3, 7, 1, 2))
 SHAPES = {"tiny": TINY, "short": SHORT, "full": SHORT + MORE}
-SPARSITIES = {"tiny": (0.9,), "short": (0.9,), "full": (0.5, 0.8, 0.9, 0.95, 0.98)}
+SPARSITIES = {"tiny": (0.9,), "short": (0.9, 0.999), "full": (0.5, 0.8, 0.9, 0.95, 0.98, 0.999)}
 CONTRACTIONS = ("forward", "grad_input", "grad_weight", "both gradients")
 
 
