@@ -11,8 +11,7 @@ import torch
 from measure import record, sparse_layer, spread
 from rows import Row
 from shapes import FLAGSHIP, ConvShape, LinearShape
-from sparseprop.ops.layout import lift
-from sparseprop.ops.operator import Operator
+from sparseprop import _native
 
 SHORT = (
     FLAGSHIP,
@@ -34,37 +33,49 @@ SPARSITIES = {"tiny": (0.9,), "short": (0.9, 0.999), "full": (0.5, 0.8, 0.9, 0.9
 CONTRACTIONS = ("forward", "grad_input", "grad_weight", "both gradients")
 
 
+def lift(numbers, fill):
+    """Up to three numbers as three, filled up in front."""
+    return (*(fill,) * (3 - len(numbers)), *numbers)
+
+
+def lowered(layer):
+    """The native contraction of a layer, which borrows the layer's index arrays."""
+    g, indices = layer._geometry, (layer.weight_row_ptr.numpy(), layer.weight_col_idx.numpy())
+    options = [lift(numbers, 1) for numbers in (g.kernel_size, g.stride, g.dilation)]
+    return _native.Contraction(g.out_channels, g.in_channels, g.groups, *options, *indices)
+
+
 class Buffers:
     """One layer's operator and tensors, all allocated, batch innermost, with the calls to time."""
 
     def __init__(self, shape, sparsity):
         layer = sparse_layer(shape, sparsity)
-        self.operator = Operator(layer._geometry, layer.weight_row_ptr, layer.weight_col_idx)
+        self.contraction = lowered(layer)
         self.shape, self.values, self.bias = shape, layer.weight_values.detach(), layer.bias.detach()
         x = torch.randn(shape.input().shape)
-        self.sizes = self.operator.sizes(tuple(x.shape[2:]))
         self.x = x.movedim(0, -1).contiguous()  # channels, height, width, batch
         out = (shape.layer()(x).detach()).movedim(0, -1)
+        geometry = layer._geometry
+        self.in_size, self.out_size = lift(x.shape[2:], 1), lift(out.shape[1:-1], 1)
+        self.padding = lift([left for left, _ in geometry.padding], 0)
         self.out, self.grad_out = torch.empty_like(out).contiguous(), torch.randn(out.shape)
         self.grad_x, self.grad_values = torch.empty_like(self.x), torch.empty_like(self.values)
         self.layer, self.plain_x = layer, x
 
     def strides(self, tensor):
         own = tensor.stride()
-        return (own[-1], own[0], *(lift(own[1:-1], 0)))
+        return (own[-1], own[0], *lift(own[1:-1], 0))
 
     def forward(self):
-        sizes = self.sizes
-        self.operator.contraction.forward(
-            0, self.shape.batch, sizes.input, sizes.padding, sizes.output, self.x.data_ptr(),
+        self.contraction.forward(
+            0, self.shape.batch, self.in_size, self.padding, self.out_size, self.x.data_ptr(),
             self.strides(self.x), self.values.data_ptr(), self.bias.data_ptr(), self.out.data_ptr(),
             self.strides(self.out),
         )  # fmt: skip
 
     def backward(self, to_input, to_values):
-        sizes = self.sizes
-        self.operator.contraction.backward(
-            0, self.shape.batch, sizes.input, sizes.padding, sizes.output, self.x.data_ptr(),
+        self.contraction.backward(
+            0, self.shape.batch, self.in_size, self.padding, self.out_size, self.x.data_ptr(),
             self.strides(self.x), self.values.data_ptr(), self.grad_out.data_ptr(),
             self.strides(self.grad_out), self.grad_x.data_ptr() if to_input else 0,
             self.strides(self.grad_x), self.grad_values.data_ptr() if to_values else 0, 0,
@@ -97,8 +108,8 @@ class Buffers:
         read, written = self.shape.moved()
         products = 2 if contraction == "both gradients" else 1
         arrays = read + written + (read if products == 2 else 0)
-        return products * 2.0 * self.operator.nnz * self.shape.columns, 4.0 * (
-            arrays + products * self.operator.nnz
+        return products * 2.0 * self.contraction.nnz * self.shape.columns, 4.0 * (
+            arrays + products * self.contraction.nnz
         )
 
 
@@ -129,7 +140,7 @@ def test_contraction(benchmark, buffers, contraction, limits):
         str(found.shape),
         sparsity,
         variant=contraction,
-        nnz=found.operator.nnz,
+        nnz=found.contraction.nnz,
         ms={contraction: times.median_ms(contraction)},
         spread={contraction: spread(times.seconds[contraction])},
         gflops=1e-6 * flop / times.median_ms(contraction),
