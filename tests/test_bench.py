@@ -180,7 +180,7 @@ def test_every_benchmark_runs_and_is_right_on_a_tiny_shape():
         "-q",
         "--benchmark-disable",
         "--form=tiny",
-        "--threads=1",
+        "--threads=2",
         *files,
     ]
     done = subprocess.run(command, cwd=BENCH.parent, env=os.environ, capture_output=True, text=True)
