@@ -47,7 +47,9 @@ def machine(results: Results) -> str:
         f"{memory[-1][1]:.0f} GB/s from memory, {memory[0][1]:.0f} GB/s from the nearest cache measured.",
     ]
     if own.get("clock") == "cpu":
-        lines.append("Times are CPU time of one thread, which others on the machine hardly disturb.")
+        lines.append(
+            "Times are CPU time of one thread: waiting for others does not count, sharing memory does."
+        )
     elif own.get("busy"):
         lines.append(
             f"**The machine was busy** (others used {percent(own['others'])} of it, load {own['load']:.1f}): "
