@@ -1,10 +1,12 @@
-"""The command line: ``sparseprop finetune``, ``plan``, ``inspect`` and ``info``."""
+"""The command line: ``sparseprop finetune``, ``plan``, ``mask``, ``convert``, ``inspect`` and ``info``."""
 
 import typer
 
+from sparseprop.cli.convert import convert
 from sparseprop.cli.finetune import finetune
 from sparseprop.cli.info import info
 from sparseprop.cli.inspect import inspect
+from sparseprop.cli.mask import mask
 from sparseprop.cli.plan import plan
 
 __all__ = ["app", "main"]
@@ -16,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (finetune, plan, inspect, info):
+for command in (finetune, plan, mask, convert, inspect, info):
     app.command()(command)
 
 

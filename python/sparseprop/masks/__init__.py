@@ -9,6 +9,7 @@ from sparseprop.masks.check import check_nm, detect_nm
 from sparseprop.masks.choose import choose_n, expected_loss
 from sparseprop.masks.density import layer_counts, layer_densities
 from sparseprop.masks.diversity import Diversity, mask_diversity, unstructured_diversity
+from sparseprop.masks.from_pattern import misfit, pattern_mask
 from sparseprop.masks.metrics import SadMeter, SadReading, retained_magnitude, sad
 from sparseprop.masks.nm import nm_mask
 from sparseprop.masks.pattern import NMPattern
@@ -34,7 +35,9 @@ __all__ = [
     "layer_counts",
     "layer_densities",
     "mask_diversity",
+    "misfit",
     "nm_mask",
+    "pattern_mask",
     "random_mask",
     "random_masks",
     "retained_magnitude",

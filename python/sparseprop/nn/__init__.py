@@ -3,5 +3,19 @@
 from sparseprop.nn.base import SparseLayer
 from sparseprop.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from sparseprop.nn.linear import SparseLinear
+from sparseprop.nn.mask_rule import MaskRule
+from sparseprop.nn.masked import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
 
-__all__ = ["SparseConv1d", "SparseConv2d", "SparseConv3d", "SparseLayer", "SparseLinear"]
+__all__ = [
+    "MaskRule",
+    "MaskedConv1d",
+    "MaskedConv2d",
+    "MaskedConv3d",
+    "MaskedLayer",
+    "MaskedLinear",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseConv3d",
+    "SparseLayer",
+    "SparseLinear",
+]

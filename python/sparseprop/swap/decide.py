@@ -14,13 +14,12 @@ from torch.nn.utils import parametrize, prune
 from sparseprop.errors import SparsePropError
 from sparseprop.swap.kinds import SPARSE_CLASS, is_pruned
 
-__all__ = ["NOT_FINITE", "Candidate", "FilterFn", "check_model", "shared_memory", "survey"]
+__all__ = ["NOT_FINITE", "Candidate", "FilterFn", "Target", "check_model", "shared_memory", "survey"]
 
 FilterFn = Callable[[nn.Module, str], bool]
 
 NOT_FINITE = "weight holds NaN or Inf"
 
-_DTYPES = (torch.float32, torch.float64)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -41,6 +40,18 @@ _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "swap the plain model first, then call torch.compile"),
     ("torch.jit", "ScriptModule", "swap the eager model; a scripted one cannot be changed"),
 )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a swap asks of a layer's weights: where they are and of which type."""
+
+    devices: tuple[str, ...] = ("cpu",)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    dtype_advice: str = "float32 and float64 are supported"
+
+
+_CPU = Target()
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def check_model(model: object, caller: str) -> nn.Module:
     return model
 
 
-def survey(model: nn.Module, filter_fn: FilterFn | None) -> list[Candidate]:
+def survey(model: nn.Module, filter_fn: FilterFn | None, target: Target = _CPU) -> list[Candidate]:
     """All dense ``Linear`` and ``Conv`` layers of `model`, each module once, in the model's order."""
     shared = shared_memory(model)
     found = []
@@ -85,7 +96,7 @@ def survey(model: nn.Module, filter_fn: FilterFn | None) -> list[Candidate]:
         reason = _reason_of_kind(module)
         if reason is None and filter_fn is not None and not filter_fn(module, name):
             reason = "filter_fn said no"
-        reason = reason or _reason_of_extras(module) or _reason_of_weight(module)
+        reason = reason or _reason_of_extras(module) or _reason_of_weight(module, target)
         if reason is None and id(module) in shared:
             reason = f"weights shared with {shared[id(module)]!r}"
         weight = _raw_weight(module)
@@ -105,7 +116,7 @@ def shared_memory(model: nn.Module) -> dict[int, str]:
     spans = []
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is None or type(parameter) is not nn.Parameter or parameter.device.type != "cpu":
+            if parameter is None or type(parameter) is not nn.Parameter or parameter.is_meta:
                 continue
             if parameter.numel():
                 start = parameter.data_ptr()
@@ -170,18 +181,18 @@ def _reason_of_extras(module: nn.Module) -> str | None:
     return None
 
 
-def _reason_of_weight(module: nn.Module) -> str | None:
+def _reason_of_weight(module: nn.Module, target: Target) -> str | None:
     for key in ("weight", "weight_orig", "bias"):
         tensor = module._parameters.get(key)
         if tensor is None:
             continue
         if type(tensor) is not nn.Parameter:
             return f"{key} is a {type(tensor).__name__}, not a plain parameter"
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in target.devices:
             hint = "holds no values yet" if tensor.device.type == "meta" else "move the model to the CPU"
             return f"{key} is on device {tensor.device}; {hint}"
-        if tensor.dtype not in _DTYPES:
-            return f"{key} is {str(tensor.dtype).removeprefix('torch.')}; float32 and float64 are supported"
+        if tensor.dtype not in target.dtypes:
+            return f"{key} is {str(tensor.dtype).removeprefix('torch.')}; {target.dtype_advice}"
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             return f"{key} has hooks that would be lost"
     return "weight is empty" if _raw_weight(module).numel() == 0 else None

@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from sparseprop.errors import SparsePropError
+from sparseprop.masks import NMPattern, check_nm, detect_nm
 from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLayer, SparseLinear
 
 __all__ = ["SPARSE_CLASS", "Facts", "facts", "is_pruned", "sparse_from_dense"]
@@ -69,15 +71,36 @@ def facts(module: nn.Module) -> Facts:
     )
 
 
+def _checked_pattern(module: nn.Module, pattern: str | None) -> str | None:
+    """The pattern as `from_dense` takes it: N:M, or None."""
+    if pattern is None:
+        return None
+    groups = int(getattr(module, "groups", 1))
+    mask = torch.as_tensor(module.weight_mask if is_pruned(module) else module.weight).detach() != 0
+    if pattern == "auto":
+        found = detect_nm(mask, groups=groups)
+        return None if found is None else f"{found.n}:{found.m}"
+    wanted = NMPattern.parse(pattern)
+    if wanted.transposable and not check_nm(mask, wanted.n, wanted.m, transposable=True, groups=groups):
+        raise SparsePropError(
+            f"the weight is not {wanted}: its mask or its mask's transpose is not {wanted.n}:{wanted.m}; "
+            f"convert it to {wanted} first or leave `pattern` out."
+        )
+    return f"{wanted.n}:{wanted.m}"
+
+
 def is_pruned(module: nn.Module) -> bool:
     """Whether ``torch.nn.utils.prune`` masks the weight of `module`."""
     hooks = module._forward_pre_hooks.values()
     return any(isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight" for hook in hooks)
 
 
-def sparse_from_dense(module: nn.Module, name: str) -> SparseLayer:
-    """The sparse form of a dense layer; errors carry the layer's name."""
+def sparse_from_dense(module: nn.Module, name: str, pattern: str | None = None) -> SparseLayer:
+    """The sparse form of a dense layer, which must have the N:M pattern; errors carry the layer's name.
+
+    ``"auto"`` takes the tightest N:M pattern that the layer has, or none.
+    """
     try:
-        return SPARSE_CLASS[type(module)].from_dense(module)
+        return SPARSE_CLASS[type(module)].from_dense(module, pattern=_checked_pattern(module, pattern))
     except SparsePropError as error:
         raise SparsePropError(f"Layer {name!r} cannot become sparse: {error}") from error

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, overload
 
+from sparseprop._table import table_lines
 from sparseprop.errors import SparsePropError
 
 __all__ = ["LayerPlan", "SwapPlan"]
@@ -144,18 +145,9 @@ class SwapPlan:
         raise SparsePropError(f"The plan has no layer {key!r}; it has {_some(names)}.")
 
     def __str__(self) -> str:
-        rows = [_HEADER, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-        lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+        lines = table_lines(_HEADER, [_row(layer) for layer in self.layers], _RIGHT_ALIGNED)
         lines.append(f"{len(self.sparse_names)} of {len(self)} layers become sparse")
         return "\n".join(lines)
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    return [
-        cell.rjust(width) if column in _RIGHT_ALIGNED else cell.ljust(width)
-        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
 
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:

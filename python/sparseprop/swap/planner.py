@@ -9,6 +9,7 @@ from torch import nn
 
 from sparseprop.errors import SparsePropError
 from sparseprop.swap.cost import estimate, keep_dense_rule
+from sparseprop.swap.cuda import is_cuda, parse_cuda_pattern, plan_semi_structured
 from sparseprop.swap.decide import Candidate, FilterFn, check_model, survey
 from sparseprop.swap.kinds import facts
 from sparseprop.swap.measure import InputSpec, Measurements, capture
@@ -31,6 +32,8 @@ def plan(
     min_sparsity: float | None = None,
     filter_fn: FilterFn | None = None,
     measure: bool = True,
+    device: torch.device | str | None = None,
+    pattern: str | None = None,
 ) -> SwapPlan:
     """Decide which ``Linear`` and ``Conv`` layers of `model` should become sparse; change nothing.
 
@@ -42,6 +45,9 @@ def plan(
         min_sparsity: from 0 to 1. Each eligible layer at least that sparse becomes sparse, however slow.
         filter_fn: ``filter_fn(module, name) -> bool``; layers for which it is false stay dense.
         measure: False estimates the times even where `example_input` tells the shapes.
+        device: None or ``"cpu"``; ``"cuda"`` plans 2:4 layers over torch's semi-structured tensors, for
+            which nothing is measured and weights need not be sparse: they are pruned by magnitude.
+        pattern: with ``device="cuda"``: ``"2:4"`` or ``"2:4T"``, whose input gradients are sparse too.
 
     Returns:
         A `SwapPlan` with one entry, and one reason, for each dense ``Linear`` or ``Conv`` layer.
@@ -56,6 +62,11 @@ def plan(
     >>> [layer.choice for layer in sparseprop.plan(model, min_sparsity=0.8)]
     ['sparse', 'dense']
     """
+    if is_cuda(device):
+        _check_min_sparsity(min_sparsity)
+        wanted = parse_cuda_pattern(pattern)
+        check_model(model, "plan")
+        return plan_semi_structured(model, wanted, min_sparsity=min_sparsity, filter_fn=filter_fn)
     return Planner(min_sparsity, filter_fn, measure).plan(model, example_input)
 
 

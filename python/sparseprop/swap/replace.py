@@ -4,20 +4,24 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparseprop.errors import SparsePropError
-from sparseprop.nn import SparseLayer
-from sparseprop.swap.decide import Candidate, FilterFn, check_model, shared_memory, survey
+from sparseprop.nn import MaskedLayer, SparseLayer
+from sparseprop.semi_structured import SemiStructuredLinear
+from sparseprop.swap.cuda import CUDA, is_cuda, make_semi_structured, parse_cuda_pattern
+from sparseprop.swap.decide import Candidate, FilterFn, Target, check_model, shared_memory, survey
 from sparseprop.swap.kinds import sparse_from_dense
 from sparseprop.swap.plan import LayerPlan, SwapPlan
 from sparseprop.swap.planner import plan as make_plan
 
-__all__ = ["NothingSwappedWarning", "replace_layers", "swap_modules", "to_dense"]
+__all__ = ["SWAPPED", "NothingSwappedWarning", "replace_layers", "swap_modules", "to_dense"]
 
+SWAPPED = (SparseLayer, MaskedLayer, SemiStructuredLinear)
 _CARRIED = "_sparseprop_carried"
 _RUN_HOOKS = (
     "_forward_hooks",
@@ -42,6 +46,8 @@ def swap_modules(
     plan: SwapPlan | None = None,
     min_sparsity: float | None = None,
     filter_fn: FilterFn | None = None,
+    device: torch.device | str | None = None,
+    pattern: str | None = None,
     inplace: bool = True,
 ) -> nn.Module:
     """Make the sparse layers of `model` fast; call it before you build the optimizer.
@@ -55,6 +61,11 @@ def swap_modules(
         example_input: as in `sparseprop.plan`, decides by measurement; without it by estimates.
         plan: decisions made before, obeyed exactly; nothing is decided or measured again.
         min_sparsity, filter_fn: as in `sparseprop.plan`; not together with `plan`.
+        device: None or ``"cpu"``; with ``"cuda"`` the Linear layers are pruned to 2:4 by magnitude and run on
+            torch's semi-structured tensors there, in float16 or bfloat16; the model is not moved.
+        pattern: N:M that the weights of all swapped layers must have, such as ``"2:4"``, or ``"4:8T"`` for
+            one whose transpose has it too; ``"auto"`` takes what each layer has. With ``device="cuda"``:
+            ``"2:4"``, or ``"2:4T"``, which makes input gradients sparse too.
         inplace: change `model` itself (default), or leave it alone and return a changed copy.
 
     Returns:
@@ -76,15 +87,26 @@ def swap_modules(
     """
     check_model(model, "swap_modules")
     if plan is None:
-        plan = make_plan(model, example_input, min_sparsity=min_sparsity, filter_fn=filter_fn)
+        plan = make_plan(
+            model,
+            example_input,
+            min_sparsity=min_sparsity,
+            filter_fn=filter_fn,
+            device=device,
+            pattern=pattern,
+        )
     elif not isinstance(plan, SwapPlan):
         raise SparsePropError(f"swap_modules expects plan to be a SwapPlan, got {type(plan).__name__}.")
     elif min_sparsity is not None or filter_fn is not None:
         raise SparsePropError("swap_modules obeys a given plan exactly; drop min_sparsity and filter_fn.")
-    planned = _planned_modules(model, plan)
+    cuda = is_cuda(device)
+    planned = _planned_modules(model, plan, CUDA if cuda else Target())
     if not planned:
         _warn_nothing_swapped(model, plan)
-    return replace_layers(model, planned, sparse_from_dense, inplace=inplace)
+    convert: Callable[[Any, str], nn.Module] = partial(sparse_from_dense, pattern=pattern)
+    if cuda:
+        convert = partial(make_semi_structured, pattern=parse_cuda_pattern(pattern))
+    return replace_layers(model, planned, convert, inplace=inplace)
 
 
 def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
@@ -107,7 +129,7 @@ def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     'Linear'
     """
     check_model(model, "to_dense")
-    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SWAPPED)}
     shared = shared_memory(model)
     for name, module in sparse.items():
         if id(module) in shared:
@@ -145,10 +167,10 @@ def replace_layers(
     return new_layers.get(id(model), model)
 
 
-def _planned_modules(model: nn.Module, plan: SwapPlan) -> dict[str, nn.Module]:
+def _planned_modules(model: nn.Module, plan: SwapPlan, target: Target) -> dict[str, nn.Module]:
     """The layers the plan makes sparse, after checking that the model is the one it was made for."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    candidates = {id(candidate.module): candidate for candidate in survey(model, None)}
+    candidates = {id(candidate.module): candidate for candidate in survey(model, None, target)}
     planned = {}
     for layer in plan:
         module = modules.get(layer.name)
@@ -163,7 +185,7 @@ def _planned_modules(model: nn.Module, plan: SwapPlan) -> dict[str, nn.Module]:
 def _check_planned(layer: LayerPlan, module: nn.Module, candidate: Candidate | None) -> None:
     kind = type(module).__name__
     if kind != layer.kind or candidate is None:
-        hint = "it is swapped already" if isinstance(module, SparseLayer) else "plan this model anew"
+        hint = "it is swapped already" if isinstance(module, SWAPPED) else "plan this model anew"
         raise SparsePropError(f"The plan has layer {layer.name!r} as a {layer.kind}, it is a {kind}; {hint}.")
     if candidate.shape != layer.shape:
         raise SparsePropError(
@@ -178,7 +200,7 @@ def _check_planned(layer: LayerPlan, module: nn.Module, candidate: Candidate | N
 
 
 def _warn_nothing_swapped(model: nn.Module, plan: SwapPlan) -> None:
-    already = sum(isinstance(module, SparseLayer) for module in model.modules())
+    already = sum(isinstance(module, SWAPPED) for module in model.modules())
     if already:
         why = f"{already} layers are sparse already"
     elif not len(plan):
@@ -191,7 +213,7 @@ def _warn_nothing_swapped(model: nn.Module, plan: SwapPlan) -> None:
 
 def _carry_attributes(old: nn.Module, new: nn.Module) -> None:
     """Keep what users hung on a layer: tags both ways; hooks only back, as no layer with hooks is swapped."""
-    if isinstance(old, SparseLayer):
+    if isinstance(old, SWAPPED):
         for key in _RUN_HOOKS:
             setattr(new, key, getattr(old, key))
         tags = vars(old).get(_CARRIED, ())

@@ -12,7 +12,7 @@ from sparseprop.nn import SparseLayer
 from sparseprop.pattern import SparsityPattern
 from sparseprop.swap.decide import NOT_FINITE, Candidate, check_model, survey
 from sparseprop.swap.kinds import SPARSE_CLASS
-from sparseprop.swap.replace import replace_layers
+from sparseprop.swap.replace import SWAPPED, replace_layers
 
 __all__ = ["check_patterns", "dense_state_dict", "swap_like"]
 
@@ -28,9 +28,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     >>> list(dense_state_dict(sparseprop.swap_modules(dense, min_sparsity=0.0))) == before
     True
     """
-    sparse = {
-        name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLayer)
-    }
+    sparse = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SWAPPED)}
     state = model.state_dict()
     metadata = OrderedDict(getattr(state, "_metadata", {}))
     dense: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -95,9 +93,8 @@ def _join(name: str, leaf: str) -> str:
 
 
 def _dense_weight(module: nn.Module) -> torch.Tensor:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.detach()
+    weight = torch.as_tensor(module.weight).detach()
+    return weight if isinstance(module, SparseLayer) else weight * torch.as_tensor(module.mask)
 
 
 def _sparse_names(state: Mapping[str, torch.Tensor]) -> list[str]:

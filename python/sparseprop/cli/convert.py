@@ -1,0 +1,95 @@
+"""``sparseprop convert``: a trained checkpoint to N:M, fitted to what its layers computed before."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import sparseprop
+from sparseprop.cli.console import guarded
+from sparseprop.cli.conversion import check_out, show_report
+from sparseprop.conversion import ConvertProgress
+from sparseprop.data import ImageData, batch_order, in_order, load_data
+from sparseprop.errors import SparsePropError
+from sparseprop.train.checkpoint import save_tensors
+from sparseprop.train.models import ModelSpec, default_image_size
+from sparseprop.train.start import load_model, read_checkpoint
+
+__all__ = ["convert"]
+
+
+@guarded
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="A .safetensors or .pt file, or the folder of a run.")],
+    pattern: Annotated[str, typer.Option(help="2:4, 4:8T (transposable), auto:8 (by sparsity) and so on.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    data: Annotated[str, typer.Option(help="digits, mnist5k, or a folder with a subfolder per class.")],
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture of a checkpoint that does not name it.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the images.")] = None,
+    score: Annotated[str, typer.Option(help="magnitude, or wx2: by the inputs too.")] = "magnitude",
+    reconstruct: Annotated[bool, typer.Option(help="Fit what is left by least squares.")] = True,
+    sequential: Annotated[bool, typer.Option(help="Fit each layer after those before it.")] = True,
+    batches: Annotated[int, typer.Option(help="Calibration batches.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images in each.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the order of the images.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="A PNG to draw.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Give a trained network an N:M pattern and mend it without training, from a few batches of images."""
+    if batches < 1 or batch_size < 1:
+        raise SparsePropError(f"batches and batch size must be 1 or more; got {batches} and {batch_size}")
+    check_out(out, plot)
+    tensors, note = read_checkpoint(checkpoint)
+    spec, images = _setting(tensors, note.get("spec", {}), checkpoint, data, arch, image_size)
+    model, _ = load_model(spec, tensors, where=checkpoint)
+    order = batch_order(len(images.train.labels), batch_size, seed=seed, epoch=0)[:batches]
+    before = _accuracy(model, images)
+    report = sparseprop.convert(
+        model,
+        pattern,
+        [images.train.fetch(indices) for indices in order],
+        score=score,
+        reconstruct=reconstruct,
+        sequential=sequential,
+        progress=_tell,
+    )
+    save_tensors(out, model.state_dict(), {**note, "spec": dataclasses.asdict(spec)})
+    show_report(report, out, plot, as_json=as_json)
+    typer.echo(
+        f"held-out accuracy: {before:.2f} % before, {_accuracy(model, images):.2f} % after", err=as_json
+    )
+
+
+def _setting(
+    tensors: dict[str, Tensor],
+    known: dict[str, object],
+    checkpoint: str,
+    data: str,
+    arch: str | None,
+    image_size: int | None,
+) -> tuple[ModelSpec, ImageData]:
+    name = arch or str(known.get("arch") or "")
+    if not name:
+        raise SparsePropError(f"{checkpoint} does not say which architecture it holds; pass it with --arch")
+    first = next((tensor for tensor in tensors.values() if tensor.dim() == 4), None)
+    channels = int(str(known.get("channels") or (3 if first is None else first.shape[1])))
+    size = image_size or int(str(known.get("image_size") or default_image_size(name)))
+    images = load_data(data, image_size=size, channels=channels)
+    return ModelSpec(name, len(images.classes), channels, size), images
+
+
+def _tell(news: ConvertProgress) -> None:
+    if news.layer:
+        typer.echo(f"{news.done + 1:>4} of {news.total}  {news.layer}", err=True)
+
+
+def _accuracy(model: nn.Module, images: ImageData) -> float:
+    model.eval()
+    with torch.no_grad():
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in in_order(images.test, 256))
+    return 100 * right / len(images.test.labels)

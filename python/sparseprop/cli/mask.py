@@ -1,0 +1,73 @@
+"""``sparseprop mask``: the weights of a checkpoint to N:M, by magnitude alone."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from sparseprop.cli.console import guarded
+from sparseprop.cli.conversion import check_out, show_report
+from sparseprop.conversion import ConversionReport, LayerReport
+from sparseprop.conversion.choice import PatternRule
+from sparseprop.errors import SparsePropError
+from sparseprop.masks import pattern_mask, retained_magnitude
+from sparseprop.train.checkpoint import save_tensors
+from sparseprop.train.start import read_checkpoint
+
+__all__ = ["mask"]
+
+
+@guarded
+def mask(
+    checkpoint: Annotated[str, typer.Argument(help="A .safetensors or .pt file, or the folder of a run.")],
+    pattern: Annotated[str, typer.Option(help="2:4, 4:8T (transposable), auto:8 (by sparsity) and so on.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    skip: Annotated[str, typer.Option(help="Leave weights whose name matches this expression.")] = "",
+    plot: Annotated[Path | None, typer.Option(help="A PNG to draw.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Keep the largest weights of each group of a checkpoint; needs neither its architecture nor data.
+
+    Takes every tensor called weight that has two to five dimensions, embeddings included: skip those.
+    """
+    rule, unwanted = PatternRule.parse(pattern), _expression(skip)
+    check_out(out, plot)
+    tensors, note = read_checkpoint(checkpoint)
+    if any(name.endswith((".weight_values", ".weight_mask")) for name in tensors):
+        raise SparsePropError(
+            f"{checkpoint} holds sparse or pruned layers; expected dense weights; use `sparseprop convert`"
+        )
+    layers, masked = [], dict(tensors)
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] == "weight" and 2 <= tensor.dim() <= 5 and tensor.is_floating_point():
+            reason = "skipped" if unwanted is not None and unwanted.search(name) else ""
+            layer, masked[name] = _masked(name, tensor, rule, reason)
+            layers.append(layer)
+    report = ConversionReport(rule.text, "magnitude", tuple(layers))
+    if not report.converted:
+        why = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers[:3]) or "it has no such tensor"
+        raise SparsePropError(f"no weight of {checkpoint} can be {rule.text} ({why}); choose another pattern")
+    save_tensors(out, masked, note)
+    show_report(report, out, plot, as_json=as_json)
+
+
+def _expression(text: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(text) if text else None
+    except re.error as error:
+        raise SparsePropError(f"--skip {text!r} is no regular expression: {error}") from None
+
+
+def _masked(name: str, weight: Tensor, rule: PatternRule, reason: str) -> tuple[LayerReport, Tensor]:
+    before = float(torch.count_nonzero(weight)) / max(1, weight.numel())
+    kind, shape = ("Linear" if weight.dim() == 2 else f"Conv{weight.dim() - 2}d"), tuple(weight.shape)
+    pattern = reason or rule.choose(shape, 1, 1.0 - before)
+    if isinstance(pattern, str):
+        return LayerReport(name, kind, shape, None, before, None, None, None, None, pattern), weight
+    keep = pattern_mask(weight.abs(), pattern)
+    retained, density = retained_magnitude(weight.abs(), keep), float(keep.float().mean())
+    report = LayerReport(name, kind, shape, str(pattern), before, density, retained, None, None, "")
+    return report, weight * keep

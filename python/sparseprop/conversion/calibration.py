@@ -1,0 +1,139 @@
+"""Running models on calibration batches, and catching what single layers read there."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseprop.errors import SparsePropError
+
+__all__ = ["Calibration", "evaluating", "inputs_of", "reached"]
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def feed(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch: a tensor, a dict of named arguments, or a tuple that starts with the input."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list) and batch:
+        return model(batch[0])
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise SparsePropError(
+        f"a calibration batch got {type(batch).__name__}, wanted a tensor, a tuple that starts with the "
+        "input, or a dict of named arguments; pass forward_fn=lambda model, batch: ... for anything else."
+    )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches that can be gone through several times, and how a model runs on one."""
+
+    batches: Iterable[Any]
+    forward: Forward = feed
+
+    @classmethod
+    def of(cls, batches: Any, forward: Forward | None = None) -> "Calibration":
+        """Checks that ``batches`` can be gone through again and again, and holds one.
+
+        >>> len(list(Calibration.of([torch.zeros(2, 3)])))
+        1
+        """
+        if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+            raise SparsePropError(
+                f"calibration got a {type(batches).__name__}, wanted an iterable of batches such as a "
+                "DataLoader; put a single batch into a list."
+            )
+        if iter(batches) is batches:
+            raise SparsePropError(
+                "calibration got an iterator that can be gone through once, wanted one that starts anew each "
+                "time, such as a list or a DataLoader; wrap it in list()."
+            )
+        if next(iter(batches), None) is None:
+            raise SparsePropError("calibration got no batches, wanted at least one.")
+        return cls(batches, forward or feed)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def first(self, count: int | None) -> Iterator[Any]:
+        """The first ``count`` batches, all if None."""
+        return islice(iter(self.batches), count)
+
+    def run(self, model: nn.Module, batch: Any) -> None:
+        """The model on one batch, without gradients."""
+        try:
+            with torch.no_grad():
+                self.forward(model, batch)
+        except SparsePropError:
+            raise
+        except Exception as error:
+            raise SparsePropError(
+                f"the model fails on a calibration batch: {type(error).__name__}: {error} "
+                "Pass batches that the model accepts, or forward_fn."
+            ) from error
+
+
+class _Enough(BaseException):  # passes through whatever the model itself catches
+    """All that was wanted of this run has been seen."""
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode, each module's own flag restored afterwards."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def reached(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration) -> dict[str, int]:
+    """How often each of ``layers`` runs on the first batch, in the order of their first runs."""
+    calls: dict[str, int] = {}
+
+    def count(name: str, *_: Any) -> None:
+        calls[name] = calls.get(name, 0) + 1
+
+    handles = [layer.register_forward_pre_hook(partial(count, name)) for name, layer in layers.items()]
+    try:
+        calibration.run(model, next(iter(calibration)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def inputs_of(
+    model: nn.Module, layers: Mapping[str, int], calibration: Calibration, batch: Any
+) -> list[tuple[str, Tensor]]:
+    """What the named layers read on a batch, call by call; stops when all have run as often as said."""
+    seen: list[tuple[str, Tensor]] = []
+    wanted = sum(layers.values())
+
+    def catch(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((name, (args[0] if args else kwargs["input"]).detach()))
+        if len(seen) == wanted:
+            raise _Enough
+
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_pre_hook(partial(catch, name), with_kwargs=True) for name in layers
+    ]
+    try:
+        calibration.run(model, batch)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -1,0 +1,258 @@
+"""Masked-dense layers: N:M training that needs the dense weight, until the mask freezes.
+
+SR-STE is Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021;
+transposable masks renewed every 40 steps are Hubara et al., arXiv 2102.08124.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparseprop.errors import SparsePropError
+from sparseprop.masks.from_pattern import misfit, pattern_mask
+from sparseprop.masks.pattern import NMPattern
+from sparseprop.nn.base import SparseLayer
+from sparseprop.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
+from sparseprop.nn.convert import dense_source, finished_mask
+from sparseprop.nn.linear import SparseLinear
+from sparseprop.nn.mask_rule import MaskRule
+from sparseprop.nn.straight_through import masked, straight_through
+
+__all__ = ["MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MaskedLayer", "MaskedLinear"]
+
+
+class MaskedLayer(nn.Module):
+    """Base of `MaskedLinear` and `MaskedConv1d/2d/3d`; not for direct use.
+
+    ``weight`` is a dense Parameter; the forward pass uses ``weight * mask``. In training mode the mask is
+    made anew from |weight| after every ``rule.every`` updates of the weight: counted by updates, not by
+    calls, so accumulated gradients and recomputed activations see one mask. Eval mode never changes it.
+    """
+
+    mask: Tensor
+    weight: Tensor
+    bias: Any  # a Parameter or None; torch declares it differently in Linear and Conv
+    rule: MaskRule | None
+    mask_age: int
+    _sparse_type: ClassVar[type[SparseLayer]]
+    _dense_type: ClassVar[type[nn.Module]]
+
+    def _start(self, rule: MaskRule | None) -> None:
+        self.rule = rule
+        self.mask_age = 0  # weight updates since the mask was made
+        self._seen: int | None = None
+        self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
+
+    @classmethod
+    def from_dense(
+        cls, module: nn.Module, *, mask: Tensor | None = None, pattern: str | MaskRule | None = None
+    ) -> Self:
+        """The masked twin of a plain torch layer, with copies of its weights.
+
+        ``pattern``: a `MaskRule`, or ``"2:4"`` for a rule of defaults. ``mask``: the mask to begin with, else
+        the pattern's best for |weight|. Without ``pattern`` the ``mask`` given stays, of any structure.
+        Refuses what `SparseLinear.from_dense` refuses, and layers too small for the pattern.
+
+        >>> layer = MaskedLinear.from_dense(nn.Linear(8, 4), pattern="2:4")
+        >>> layer.nnz, layer.density
+        (16, 0.5)
+        """
+        weight, pruned = dense_source(module, cls._dense_type)
+        weight = weight if pruned is None else weight * pruned
+        rule = MaskRule(pattern) if isinstance(pattern, str) else pattern
+        if rule is None and mask is None:
+            raise SparsePropError(
+                f"{cls.__name__}.from_dense got neither mask nor pattern, wanted one of them."
+            )
+        options = cls._sparse_type._options_of(module)
+        bias = module.bias
+        layer = cls(**options, bias=bias is not None, rule=rule, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            if layer.bias is not None and isinstance(bias, Tensor):
+                layer.bias.copy_(bias)
+                layer.bias.requires_grad_(bias.requires_grad)
+        original = getattr(module, "weight_orig", module.weight)
+        assert isinstance(original, Tensor)
+        layer.weight.requires_grad_(original.requires_grad)
+        layer.set_mask(layer._best_mask() if mask is None else finished_mask(weight, mask))
+        return layer.train(module.training)
+
+    @property
+    def static(self) -> bool:
+        """Whether the mask stays as it is."""
+        return self.rule is None or not self.rule.every
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Use this bool mask of the weight's shape from now on; a static layer zeroes what it prunes."""
+        self.mask.copy_(finished_mask(self.weight.detach().cpu(), mask.cpu()))
+        self.mask_age = 0
+        self._seen = self.weight._version
+        if self.static:
+            with torch.no_grad():
+                self.weight.mul_(self.mask)
+            self._seen = self.weight._version
+
+    def refresh(self) -> None:
+        """Make the mask anew from |weight|, in any mode. Refuses a layer without a pattern."""
+        self.set_mask(self._best_mask())
+
+    def _best_mask(self) -> Tensor:
+        if self.rule is None:
+            raise SparsePropError(
+                f"{type(self).__name__} has a mask but no pattern to make another from; use set_mask."
+            )
+        groups, pattern = int(getattr(self, "groups", 1)), NMPattern.parse(self.rule.pattern)
+        reason = misfit(self.weight.shape, pattern, groups=groups)
+        if reason is not None:
+            raise SparsePropError(f"{type(self).__name__} cannot be {pattern}: {reason}; leave it dense.")
+        scores = self.weight.detach().abs()
+        return pattern_mask(scores, pattern, groups=groups, method=self.rule.method)
+
+    def masked_weight(self) -> Tensor:
+        """``weight * mask`` for this forward pass, after bringing the mask up to date in training mode."""
+        if self.static or self.rule is None:
+            return masked(self.weight, self.mask)
+        if self.training:
+            self._count_update()
+        return straight_through(self.weight, self.mask, 0.0 if self.rule.decoupled else self.rule.decay)
+
+    def _count_update(self) -> None:
+        self.mask_age += self._pending()
+        self._seen = self.weight._version
+        if self.rule is not None and self.mask_age >= (self.rule.every or 0):
+            self.refresh()
+
+    def _pending(self) -> int:
+        """1 if the weight was updated since the last forward pass."""
+        return int(self._seen is not None and self._seen != self.weight._version)
+
+    @property
+    def nnz(self) -> int:
+        """Number of weights inside the mask."""
+        return int(self.mask.sum())
+
+    @property
+    def density(self) -> float:
+        """Part of the weights inside the mask."""
+        return self.nnz / max(1, self.mask.numel())
+
+    def to_dense(self) -> nn.Module:
+        """The plain torch layer with ``weight * mask``."""
+        options, bias = self._sparse_type._options_of(self), self.bias
+        dense = self._dense_type(**options, bias=bias is not None, device="meta")
+        weight = (self.weight * self.mask).detach()
+        dense.weight = nn.Parameter(weight, self.weight.requires_grad)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        return dense.train(self.training)
+
+    def freeze(self) -> SparseLayer:
+        """The sparse layer with this mask: the mask no longer changes, and a step costs what it keeps."""
+        pattern = None if self.rule is None else NMPattern.parse(self.rule.pattern)
+        crowded = pattern is None or self.mask.shape[1] % pattern.m
+        text = None if crowded or pattern is None else f"{pattern.n}:{pattern.m}"
+        return self._sparse_type.from_dense(self.to_dense(), mask=self.mask.clone(), pattern=text)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "mask_age"] = torch.tensor(self.mask_age + self._pending())
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        own = dict(state_dict)
+        age = own.pop(prefix + "mask_age", None)
+        dense = prefix + "mask" not in own and self.rule is not None
+        own.setdefault(prefix + "mask", self.mask)  # a dense checkpoint: the mask follows from the weight
+        super()._load_from_state_dict(own, prefix, *args, **kwargs)
+        self.mask_age = 0 if age is None else int(age)
+        self._seen = self.weight._version
+        if dense:
+            self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        age = self.mask_age + self._pending()
+        return self.__dict__ | {"_seen": None, "mask_age": age}  # versions mean nothing to a copy
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        rule = "static mask" if self.rule is None else f"{self.rule.pattern}, every={self.rule.every}"
+        return f"{super().extra_repr()}, {rule}, density={self.density:.4g}"
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """`torch.nn.Linear` whose forward pass uses ``weight * mask``.
+
+    >>> layer = MaskedLinear.from_dense(nn.Linear(8, 4), pattern="2:4")
+    >>> layer(torch.ones(3, 8)).shape
+    torch.Size([3, 4])
+    """
+
+    _sparse_type = SparseLinear
+    _dense_type = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rule: MaskRule | None = None,
+        **kwargs: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, **kwargs)
+        self._start(rule)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return F.linear(x, self.masked_weight(), self.bias)
+
+
+class _MaskedConv(MaskedLayer):
+    def __init__(self, *args: Any, rule: MaskRule | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._start(rule)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the dense layer."""
+        result: Tensor = self._conv_forward(x, self.masked_weight(), self.bias)  # type: ignore[operator]
+        return result
+
+
+class MaskedConv1d(_MaskedConv, nn.Conv1d):
+    """`torch.nn.Conv1d` whose forward pass uses ``weight * mask``.
+
+    >>> MaskedConv1d.from_dense(nn.Conv1d(4, 8, 3), pattern="2:4")(torch.ones(1, 4, 5)).shape
+    torch.Size([1, 8, 3])
+    """
+
+    _sparse_type = SparseConv1d
+    _dense_type = nn.Conv1d
+
+
+class MaskedConv2d(_MaskedConv, nn.Conv2d):
+    """`torch.nn.Conv2d` whose forward pass uses ``weight * mask``.
+
+    >>> MaskedConv2d.from_dense(nn.Conv2d(4, 8, 3), pattern="2:4T")(torch.ones(1, 4, 5, 5)).shape
+    torch.Size([1, 8, 3, 3])
+    """
+
+    _sparse_type = SparseConv2d
+    _dense_type = nn.Conv2d
+
+
+class MaskedConv3d(_MaskedConv, nn.Conv3d):
+    """`torch.nn.Conv3d` whose forward pass uses ``weight * mask``.
+
+    >>> MaskedConv3d.from_dense(nn.Conv3d(4, 8, 3), pattern="1:4")(torch.ones(1, 4, 5, 5, 5)).shape
+    torch.Size([1, 8, 3, 3, 3])
+    """
+
+    _sparse_type = SparseConv3d
+    _dense_type = nn.Conv3d

@@ -1,0 +1,441 @@
+"""Conversion to N:M: the least-squares fit against direct solutions, and whole networks."""
+
+import copy
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+import sparseprop
+from convert_cases import REFUSED, batches, correlated_rows, small_net
+from sparseprop.conversion import ConversionReport, Reconstruction, reestimate_batch_norm
+from sparseprop.conversion.moments import Moments
+from sparseprop.conversion.samples import Sampler
+from sparseprop.conversion.solve import masked_least_squares, objective
+from sparseprop.errors import SparsePropError
+from sparseprop.masks import check_nm, nm_mask, pattern_mask
+from sparseprop.nn import SparseConv2d
+
+
+def problem(rows=5, inputs=24, samples=200, *, bias=False, ridge=0.01):
+    """(fit, H, C, mask): one layer's normal equations and a 2:4 mask."""
+    weight = torch.randn(1, rows, inputs, dtype=torch.float64)
+    moments = Moments()
+    moments.add(correlated_rows(samples, inputs)[None])
+    fit = moments.fit(weight, bias=bias)
+    return fit, *fit.normal_equations(ridge), nm_mask(weight[0].abs(), 2, 4)[None]
+
+
+def solve_rows(hessian, target, mask):
+    """Each row on its own support, directly."""
+    found = torch.zeros_like(target)
+    for row in range(target.shape[1]):
+        keep = mask[0, row]
+        found[0, row, keep] = torch.linalg.solve(hessian[0][keep][:, keep], target[0, row, keep])
+    return found
+
+
+def test_conjugate_gradients_equal_a_direct_solution_of_each_row():
+    fit, hessian, target, mask = problem()
+    found = masked_least_squares(hessian, target, mask, fit.weight, iterations=60)
+    torch.testing.assert_close(found, solve_rows(hessian, target, mask), rtol=1e-6, atol=1e-8)
+
+
+def test_thirty_steps_are_enough_for_a_layer():
+    fit, hessian, target, mask = problem(16, 128, 1000)
+    found = masked_least_squares(hessian, target, mask, fit.weight)
+    best, start = solve_rows(hessian, target, mask), torch.where(mask, fit.weight, 0.0)
+    gap, room = (
+        (objective(hessian, target, x) - objective(hessian, target, best)).sum() for x in (found, start)
+    )
+    assert 0 <= gap < 1e-5 * room
+
+
+def test_the_objective_of_no_row_ever_rises():
+    fit, hessian, target, mask = problem(8, 64)
+    values = [
+        objective(hessian, target, masked_least_squares(hessian, target, mask, fit.weight, iterations=count))
+        for count in range(1, 30)
+    ]
+    values.insert(0, objective(hessian, target, torch.where(mask, fit.weight, 0.0)))
+    for before, after in pairwise(values):
+        assert (after <= before + 1e-12 * before.abs()).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 20), st.integers(0, 1000), st.floats(0, 1))
+def test_the_support_stays_inside_the_mask(rows, inputs, seed, density):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(30, inputs, generator=generator, dtype=torch.float64)
+    hessian = (x.T @ x / 30 + 0.01 * torch.eye(inputs))[None]
+    target = torch.randn(1, rows, inputs, generator=generator, dtype=torch.float64)
+    mask = torch.rand(1, rows, inputs, generator=generator) < density
+    found = masked_least_squares(hessian, target, mask, target)
+    assert found.isfinite().all()
+    assert not found[~mask].any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_full_mask_returns_the_weight(bias):
+    fit, hessian, target, mask = problem(bias=bias)
+    found = masked_least_squares(hessian, target, torch.ones_like(mask), fit.weight)
+    torch.testing.assert_close(found, fit.weight)
+    torch.testing.assert_close(fit.bias_step(found), torch.zeros(1, 5, dtype=torch.float64))
+
+
+def test_a_heavy_ridge_returns_the_masked_weight():
+    fit, hessian, target, mask = problem(ridge=1e9)
+    found = masked_least_squares(hessian, target, mask, torch.zeros_like(target))
+    torch.testing.assert_close(found, torch.where(mask, fit.weight, 0.0))
+
+
+def test_a_bias_is_one_more_constant_input_outside_the_mask():
+    fit, hessian, target, mask = problem(bias=True, ridge=1e-9)
+    found = masked_least_squares(hessian, target, mask, fit.weight, iterations=100)
+    x = correlated_rows(200, 24)
+    outputs = x @ fit.weight[0].T
+    for row in range(5):
+        columns = torch.cat([x[:, mask[0, row]], torch.ones(200, 1, dtype=torch.float64)], 1)
+        best = torch.linalg.lstsq(columns, outputs[:, row]).solution
+        torch.testing.assert_close(found[0, row, mask[0, row]], best[:-1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fit.bias_step(found)[0, row], best[-1], rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_row_leaves_the_mean_to_the_bias():
+    fit, hessian, target, mask = problem(bias=True)
+    mask[0, 2] = False
+    found = masked_least_squares(hessian, target, mask, fit.weight)
+    assert not found[0, 2].any()
+    torch.testing.assert_close(fit.bias_step(found)[0, 2], fit.weight[0, 2] @ fit.mean[0])
+
+
+@pytest.mark.parametrize("x", [torch.zeros(1, 9, 8), torch.ones(1, 9, 8)], ids=["dead", "constant"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dead_and_constant_inputs_are_no_trouble(x, bias):
+    moments, weight = Moments(), torch.randn(1, 3, 8)
+    moments.add(x)
+    fit = moments.fit(weight, bias=bias)
+    mask = nm_mask(weight[0].abs(), 1, 4)[None]
+    found = masked_least_squares(*fit.normal_equations(0.01), mask, fit.weight)
+    assert found.isfinite().all()
+    assert fit.error(found, fit.bias_step(found)) <= fit.error(torch.where(mask, fit.weight, 0.0)) + 1e-12
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_errors_are_those_of_the_outputs_also_when_earlier_layers_have_changed(bias):
+    now, then = correlated_rows(300, 12), correlated_rows(300, 12) + 0.1 * correlated_rows(300, 12, seed=1)
+    weight = torch.randn(1, 4, 12, dtype=torch.float64)
+    moments = Moments()
+    for part in (slice(100), slice(100, 300)):
+        moments.add(now[None, part], then[None, part], weight)
+    fit = moments.fit(weight, bias=bias)
+    mask = nm_mask(weight[0].abs(), 2, 4)[None]
+    found = masked_least_squares(*fit.normal_equations(1e-9), mask, fit.weight, iterations=100)
+    step = fit.bias_step(found)
+    wanted = then @ weight[0].T
+    error = (wanted - now @ found[0].T - step).square().sum() / wanted.square().sum()
+    assert fit.error(found, step) == pytest.approx(float(error), rel=1e-9)
+    columns = torch.cat([now, torch.ones(300, 1, dtype=torch.float64)], 1) if bias else now
+    for row in range(4):
+        keep = torch.cat([mask[0, row], torch.ones(int(bias), dtype=torch.bool)])
+        best = torch.linalg.lstsq(columns[:, keep], wanted[:, row]).solution
+        torch.testing.assert_close(
+            found[0, row, mask[0, row]], best[: mask[0, row].sum()], rtol=1e-5, atol=1e-7
+        )
+
+
+def test_moments_do_not_depend_on_how_the_data_is_cut():
+    rows = torch.randn(2, 500, 6, dtype=torch.float64)
+    whole, parts = Moments(), Moments()
+    whole.add(rows)
+    for part in rows.split(37, dim=1):
+        parts.add(part)
+    torch.testing.assert_close(parts.second, whole.second)
+    torch.testing.assert_close(whole.second, rows.mT @ rows / 500)
+    torch.testing.assert_close(whole.mean_square, rows.square().mean(1))
+
+
+CONVS = [
+    (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
+    (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), dilation=(1, 2)), (2, 4, 9, 8)),
+    (nn.Conv2d(4, 8, 3, groups=2, padding="same"), (2, 4, 6, 6)),
+    (nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), (2, 4, 5, 5)),
+    (nn.Conv2d(4, 8, 3), (4, 5, 5)),
+    (nn.Conv3d(4, 4, 2, groups=2), (1, 4, 3, 4, 3)),
+    (nn.Linear(4, 6), (2, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVS, ids=[str(layer)[:40] for layer, _ in CONVS])
+def test_rows_times_the_flat_weight_are_the_outputs(layer, shape):
+    x = torch.randn(shape)
+    groups = getattr(layer, "groups", 1)
+    rows = Sampler.of(layer, positions=10_000).rows(x, seed=0)
+    weights = layer.weight.detach().chunk(groups)
+    products = torch.cat([r @ w.flatten(1).T for r, w in zip(rows, weights, strict=True)], 1)
+    layer.bias.data.zero_()
+    out = layer(x).detach()
+    channels = out if isinstance(layer, nn.Linear) else out.movedim(1 - layer.weight.dim(), -1)
+    torch.testing.assert_close(products, channels.reshape(products.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_sampled_positions_are_repeatable_distinct_and_spread_over_the_image():
+    sampler, image = Sampler.of(nn.Conv2d(1, 4, 1), positions=64), torch.arange(1024.0).view(1, 1, 32, 32)
+    first, again, other = (sampler.rows(image, seed=seed).flatten() for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(first.unique()) == 64
+    assert len((first % 32).unique()) > 20  # columns: no period of the grid's own
+    assert torch.histc(first, 4, 0, 1024).tolist() == [16] * 4
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "2:4T", "4:8T"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_every_layer_gets_the_pattern_and_a_smaller_error(pattern, sequential):
+    model = small_net().eval()
+    reestimate_batch_norm(model, batches())  # as in a trained network
+    x = torch.cat(batches())
+    wanted = model(x).detach()
+    masked = sparseprop.convert(model, pattern, batches(), reconstruct=False, inplace=False).model
+    report = sparseprop.convert(model, pattern, batches(), sequential=sequential, inplace=False)
+    assert report.converted == ("3", "5", "8")
+    n, m = (int(part) for part in pattern.removesuffix("T").split(":"))
+    for layer in report:
+        if not layer.converted:
+            assert layer.reason.endswith(f"fewer than {m}")
+            continue
+        module = report.model[int(layer.name)]
+        groups = getattr(module, "groups", 1)
+        for mask in (report.masks[layer.name], module.weight != 0):
+            assert check_nm(mask, n, m, transposable=pattern.endswith("T"), groups=groups)
+        assert layer.error < layer.error_masked
+        assert layer.density == pytest.approx(n / m)
+        assert 0.3 < layer.retained < 0.95
+    error, error_masked = (F.mse_loss(net.eval()(x), wanted).item() for net in (report.model, masked))
+    assert error < error_masked
+
+
+def test_sequential_is_better_than_parallel_on_a_deep_network():
+    torch.manual_seed(5)
+    layers = [part for _ in range(5) for part in (nn.Linear(64, 64), nn.ReLU())]
+    model = nn.Sequential(*layers)
+    data, x = [torch.randn(256, 64) for _ in range(4)], torch.randn(500, 64)
+    errors = {}
+    for sequential in (True, False):
+        report = sparseprop.convert(model, "2:8", data, sequential=sequential, inplace=False)
+        errors[sequential] = F.mse_loss(report.model(x), model(x)).item()
+    assert errors[True] < errors[False]
+
+
+def test_scoring_by_inputs_keeps_what_matters_to_the_output():
+    layer = nn.Linear(8, 4, bias=False)
+    x = torch.randn(512, 8) * torch.tensor([9.0, 0.001] * 4)
+    by = {
+        score: sparseprop.convert(layer, "2:4", [x], score=score, reconstruct=False, inplace=False)
+        for score in ("magnitude", "wx2")
+    }
+    assert by["wx2"].masks[""][:, ::2].all()
+    assert by["wx2"][0].error_masked < by["magnitude"][0].error_masked
+    assert by["wx2"][0].retained < by["magnitude"][0].retained
+    wanted = pattern_mask(layer.weight.detach().square() * x.square().mean(0), "2:4")
+    assert torch.equal(by["wx2"].masks[""], wanted)
+
+
+def test_n_follows_each_layers_sparsity():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    for layer, sparsity in zip(model, (0.95, 0.7, 0.0), strict=True):
+        prune.l1_unstructured(layer, "weight", sparsity)
+    report = sparseprop.convert(model, "auto:8", [torch.randn(99, 64)])
+    assert [layer.pattern for layer in report] == ["2:8", "5:8", None]
+    assert report[2].reason == "0.0 % zeros: too dense for N of 8"
+    assert report.pattern == "auto:8"
+    assert not any(prune.is_pruned(model[index]) for index in (0, 1))
+
+
+def test_what_has_the_pattern_already_stays_as_it_is():
+    layer = nn.Linear(16, 8)
+    with torch.no_grad():
+        layer.weight.mul_(nm_mask(layer.weight.abs(), 2, 4))
+    before = copy.deepcopy(layer)
+    report = sparseprop.convert(layer, "2:4", [torch.randn(64, 16)])
+    torch.testing.assert_close(layer.weight, before.weight)
+    torch.testing.assert_close(layer.bias, before.bias)
+    assert report[0].error == pytest.approx(0, abs=1e-9)
+    assert report[0].retained == 1.0
+
+
+def test_a_copy_leaves_the_model_alone_and_an_error_too():
+    model = small_net()
+    model[5].train(False)
+    before = copy.deepcopy(model)
+
+    def same():
+        states = zip(model.state_dict().items(), before.state_dict().items(), strict=True)
+        flags = [part.training for part in model.modules()] == [part.training for part in before.modules()]
+        return flags and all(k == other and torch.equal(v, w) for (k, v), (other, w) in states)
+
+    sparseprop.convert(model, "2:4", batches(), inplace=False)
+    assert same()
+    with pytest.raises(SparsePropError, match="fails on a calibration batch"):
+        sparseprop.convert(model, "2:4", [*batches(), torch.ones(1, 1)])
+    assert same()
+    report = sparseprop.convert(model, "2:4", batches())
+    assert report.model is model
+    assert not same()
+    assert [part.training for part in model.modules()] == [part.training for part in before.modules()]
+
+
+def test_sparse_layers_stay_sparse_and_pruned_ones_are_finished():
+    model = small_net()
+    prune.l1_unstructured(model[5], "weight", 0.8)
+    prune.l1_unstructured(model[8], "weight", 0.8)
+    with torch.no_grad():
+        model[3].weight.mul_(model[3].weight.abs() > model[3].weight.abs().median())
+    swapped = sparseprop.swap_modules(
+        model, min_sparsity=0.4, filter_fn=lambda layer, name: name == "3", inplace=False
+    )
+    report = sparseprop.convert(swapped, "2:4", batches())
+    assert isinstance(swapped[3], SparseConv2d)
+    assert torch.equal(swapped[3].mask, report.masks["3"])
+    assert not prune.is_pruned(swapped)
+    other = sparseprop.convert(model, "2:4", batches())
+    for name in ("3", "5", "8"):
+        ours, theirs = (net.get_submodule(name).weight for net in (swapped, model))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3)  # 30 steps amplify rounding
+        assert report[name].error == pytest.approx(other[name].error, rel=0.02)
+
+
+def test_masked_layers_get_the_mask_too():
+    model = sparseprop.mask_modules(nn.Sequential(nn.Linear(16, 16)), "4:8")
+    dense = sparseprop.to_dense(model, inplace=False)
+    data = [torch.randn(64, 16)]
+    report = sparseprop.convert(model, "2:4", data)
+    other = sparseprop.convert(dense, "2:4", data)
+    assert torch.equal(model[0].mask, report.masks["0"])
+    torch.testing.assert_close(model[0].to_dense().weight, other.model[0].weight)
+
+
+def test_groups_are_fitted_apart():
+    both = nn.Conv2d(8, 8, 3, groups=2)
+    x = torch.cat(batches()).repeat(1, 3, 1, 1)[:, :8] * torch.rand(8, 1, 1)
+    parts = [nn.Conv2d(4, 4, 3) for _ in range(2)]
+    for index, part in enumerate(parts):
+        part.weight.data.copy_(both.weight.data[4 * index : 4 * index + 4])
+        part.bias.data.copy_(both.bias.data[4 * index : 4 * index + 4])
+        sparseprop.convert(part, "2:4", [x[:, 4 * index : 4 * index + 4]])
+    sparseprop.convert(both, "2:4", [x])
+    torch.testing.assert_close(both.weight, torch.cat([part.weight for part in parts]), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(both.bias, torch.cat([part.bias for part in parts]), rtol=1e-3, atol=1e-5)
+
+
+def test_a_network_that_chooses_its_way_by_its_data_is_fitted_all_the_same():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x[x[:, 0] > 0])
+
+    report = sparseprop.convert(Routed(), "1:4", [torch.randn(64, 16) for _ in range(4)])
+    assert report["second"].error < report["second"].error_masked
+
+
+def test_layers_no_batch_reaches_are_masked_and_said_so():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.used = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.used(self.used(x))
+
+    report = sparseprop.convert(Branch(), "2:4", [torch.randn(32, 8)])
+    assert report["unused"].reason == "not reached by the calibration batches: masked only"
+    assert report["unused"].converted
+    assert report["used"].error < report["used"].error_masked
+    report = sparseprop.convert(Branch(), "2:4", [torch.randn(32, 8)], score="wx2")
+    assert report["unused"].reason.endswith("which the score wx2 needs")
+    assert not report["unused"].converted
+
+
+def test_batches_may_be_pairs_dicts_or_anything_with_a_forward_function():
+    x, model = torch.randn(32, 8), nn.Sequential(nn.Linear(8, 8))
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = copy.deepcopy(model[0])
+
+        def forward(self, *, pixels):
+            return self.fc(input=pixels)
+
+    named = Named()
+    results = [
+        sparseprop.convert(model, "2:4", data, inplace=False, forward_fn=forward).model[0].weight
+        for data, forward in (
+            ([x], None),
+            ([(x, torch.zeros(32))], None),
+            ([{"a": x}], lambda net, batch: net(batch["a"])),
+        )
+    ]
+    sparseprop.convert(named, "2:4", [{"pixels": x}])
+    for weight in (*results[1:], named.fc.weight):
+        torch.testing.assert_close(weight, results[0])
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[str(case[0])[:40] for case in REFUSED])
+def test_refusals_say_why(changes, message):
+    options = {"pattern": "2:4", "calibration": batches(1), **changes}
+    with pytest.raises(SparsePropError, match=message):
+        sparseprop.convert(small_net(), **options)
+
+
+def test_reconstruction_refuses_numbers_without_sense():
+    with pytest.raises(SparsePropError, match="ridge=0, wanted at least 1e-12"):
+        Reconstruction(ridge=0)
+    with pytest.raises(SparsePropError, match="positions=0, wanted at least 1"):
+        Reconstruction(positions=0)
+
+
+def test_a_report_prints_and_round_trips():
+    seen = []
+    report = sparseprop.convert(small_net(), "2:4", batches(), progress=seen.append)
+    assert [(p.layer, p.done, p.total) for p in seen] == [("3", 0, 3), ("5", 1, 3), ("8", 2, 3), ("", 3, 3)]
+    assert ConversionReport.from_json(report.to_json()) == report
+    lines = str(report).splitlines()
+    assert lines[0].split() == [
+        *("layer", "kind", "shape", "pattern", "was", "density"),
+        *("retained", "masked", "fitted", "note"),
+    ]
+    assert "3 inputs per group, fewer than 4" in lines[1]
+    assert lines[-1] == "3 of 4 layers converted to 2:4 by magnitude; batch norm measured on 4 batches"
+    for text in ("{", "[]", json.dumps({"format": 2}), report.to_json().replace('"retained"', '"kept"')):
+        with pytest.raises(SparsePropError, match="not the JSON of a ConversionReport"):
+            ConversionReport.from_json(text)
+    with pytest.raises(SparsePropError, match="has no layer 'x'"):
+        report["x"]
+
+
+def test_batch_norm_becomes_the_plain_average_over_all_batches():
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3), nn.Dropout(0.9))
+    data = [torch.randn(16, 3) + shift for shift in range(4)]
+    assert reestimate_batch_norm(model, data) == 4
+    torch.testing.assert_close(model[0].running_mean, torch.cat(data).mean(0))
+    torch.testing.assert_close(model[0].running_var, torch.stack([x.var(0) for x in data]).mean(0))
+    assert model[0].momentum == 0.3
+    assert model.training
+    assert reestimate_batch_norm(model, data, limit=2) == 2
+    torch.testing.assert_close(model[0].running_mean, torch.cat(data[:2]).mean(0))
+    before = copy.deepcopy(model[0].state_dict())
+    with pytest.raises(SparsePropError, match="fails on a calibration batch"):
+        reestimate_batch_norm(model, [*data, torch.ones(2, 5)])
+    assert all(torch.equal(value, before[key]) for key, value in model[0].state_dict().items())
+    assert reestimate_batch_norm(nn.Linear(2, 2), data) == 0
