@@ -20,7 +20,8 @@ from shapes import ConvShape, LinearShape, conv_shapes, linear_shapes
 from sparseprop import SparsePropError
 
 BENCH = Path(report.__file__).parent
-FILES = sorted(path.name for path in BENCH.glob("bench_*.py") if path.name != "bench_masks.py")
+SEPARATE = {"bench_masks.py", "bench_gpu.py", "bench_step.py"}  # with commands and checks of their own
+FILES = sorted({path.name for path in BENCH.glob("bench_*.py")} - SEPARATE)
 
 
 def layer(group, shape, sparsity, speedup, plan="sparse"):
