@@ -1,0 +1,25 @@
+"""The command line: ``sparseprop finetune``, ``plan``, ``inspect`` and ``info``."""
+
+import typer
+
+from sparseprop.cli.finetune import finetune
+from sparseprop.cli.info import info
+from sparseprop.cli.inspect import inspect
+from sparseprop.cli.plan import plan
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sparseprop",
+    help="Train neural networks with sparse weights, fast, on ordinary CPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (finetune, plan, inspect, info):
+    app.command()(command)
+
+
+def main() -> None:
+    """The console entry point."""
+    app()

@@ -1,0 +1,65 @@
+"""``sparseprop plan``: what a swap of a model would do."""
+
+import dataclasses
+from typing import Annotated
+
+import torch
+import typer
+
+import sparseprop
+from sparseprop.cli.console import guarded
+from sparseprop.errors import SparsePropError
+from sparseprop.train.models import ModelSpec, default_image_size, parse_arch
+from sparseprop.train.prune import magnitude_masks, prunable_layers
+from sparseprop.train.start import is_file_name, load_model, read_checkpoint
+from sparseprop.train.swapping import with_masks
+
+__all__ = ["plan"]
+
+
+@guarded
+def plan(
+    model: Annotated[str, typer.Argument(help="A timm or torchvision name, small, or a checkpoint file.")],
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture of a checkpoint that does not name it.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Prune by magnitude to this first.")] = None,
+    min_sparsity: Annotated[float | None, typer.Option(help="Swap every layer at least this sparse.")] = None,
+    measure: Annotated[bool, typer.Option(help="Time the layers; else a cost model estimates.")] = True,
+    batch_size: Annotated[int, typer.Option(help="Images in the example.")] = 16,
+    image_size: Annotated[int | None, typer.Option(help="Side of the images.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which layers of a model would become sparse, and why."""
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise SparsePropError(f"sparsity must be between 0 and 1, such as 0.9; got {sparsity}")
+    if batch_size < 1:
+        raise SparsePropError(f"batch size must be 1 or more; got {batch_size}")
+    tensors, note = read_checkpoint(model) if is_file_name(model) else (None, {})
+    known = note.get("spec", {})
+    name = arch or known.get("arch") or ("" if is_file_name(model) else model)
+    if not name:
+        raise SparsePropError(f"{model} does not say which architecture it holds; pass it with --arch")
+    spec = ModelSpec(
+        arch=name,
+        num_classes=known.get("num_classes", 10 if parse_arch(name)[0] == "small" else 1000),
+        channels=known.get("channels", 1 if parse_arch(name)[0] == "small" else 3),
+        image_size=image_size or known.get("image_size") or default_image_size(name),
+    )
+    if tensors is not None and "num_classes" not in known:
+        spec = dataclasses.replace(spec, num_classes=_classes(tensors))
+    built, masks = load_model(spec, tensors, where=model)
+    if sparsity is not None:
+        layers = prunable_layers(built, num_classes=spec.num_classes)
+        weights = {layer: module.get_parameter("weight") for layer, module in layers.items()}
+        masks |= magnitude_masks(weights, sparsity, scope="layer")
+    with_masks(built, masks)
+    example = torch.zeros(batch_size, spec.channels, spec.image_size, spec.image_size)
+    found = sparseprop.plan(built, example, min_sparsity=min_sparsity, measure=measure)
+    typer.echo(found.to_json() if as_json else str(found))
+
+
+def _classes(tensors: dict[str, torch.Tensor]) -> int:
+    """The outputs of a checkpoint's last matrix."""
+    matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
+    return len(matrices[-1]) if matrices else 1000

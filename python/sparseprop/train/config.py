@@ -1,0 +1,100 @@
+"""What a fine-tuning job is asked to do."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from sparseprop.errors import SparsePropError
+
+__all__ = ["FinetuneConfig"]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One fine-tuning job; every field has a default and the defaults are a whole job.
+
+    ``model`` is ``"small"`` (or ``"small:WIDTH"``), a timm or torchvision name, or a checkpoint file
+    (``.safetensors``, ``.pt``, ``.pth``); a file without a note of its architecture needs ``arch`` too.
+    ``data`` is ``"digits"``, ``"mnist5k"`` or a folder with one subfolder of images per class. With the
+    built-in model and no checkpoint, the job first pretrains (and prunes) on ``source`` and then transfers.
+
+    ``sparsity`` counts over the layers that are pruned: all plain ``Linear`` and ``Conv`` layers but the
+    first and the classifier. ``scope`` ``"layer"`` prunes each of them that far, ``"global"`` ranks all
+    weights together. ``min_sparsity`` swaps every layer at least that sparse; without it a cost model
+    decides, or measurements if ``measure`` (then two runs of one job may differ in their last bits).
+
+    Raises `SparsePropError` for a value out of range, by name.
+
+    >>> from sparseprop.train import FinetuneConfig
+    >>> FinetuneConfig(sparsity=0.95, seed=3).model
+    'small'
+    """
+
+    model: str = "small"
+    arch: str | None = None
+    data: str = "digits"
+    source: str | None = "mnist5k"
+    sparsity: float = 0.9
+    scope: Literal["layer", "global"] = "layer"
+    min_sparsity: float | None = None
+    measure: bool = False
+    pretrain_epochs: int = 5
+    prune_epochs: int = 5
+    finetune_epochs: int = 10
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float | None = None
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.05
+    image_size: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    checkpoint_every: int = 25
+    plots: bool = True
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(0 < self.sparsity < 1, "sparsity", self.sparsity, "between 0 and 1, such as 0.9")
+        if self.min_sparsity is not None:
+            _check(0 <= self.min_sparsity < 1, "min_sparsity", self.min_sparsity, "from 0 to below 1")
+        _check(self.scope in ("layer", "global"), "scope", self.scope, "layer or global")
+        _check(self.optimizer in ("sgd", "adamw"), "optimizer", self.optimizer, "sgd or adamw")
+        for name in ("pretrain_epochs", "prune_epochs"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("finetune_epochs", "batch_size", "checkpoint_every", "image_size", "threads"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, value, "1 or more")
+        if self.lr is not None:
+            _check(0 < self.lr < math.inf, "lr", self.lr, "a positive number, such as 0.05")
+        _check(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
+        _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: ``lr``, or what suits the optimizer."""
+        return self.lr if self.lr is not None else {"sgd": 0.05, "adamw": 1e-3}[self.optimizer]
+
+    def to_json(self) -> str:
+        """The configuration as JSON, one field per line."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str | Path = "the configuration") -> Self:
+        """Read what `to_json` wrote; raises `SparsePropError` for anything else."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            return cls(**fields)
+        except SparsePropError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise SparsePropError(
+                f"{where} is not the configuration of a run: {error}; start a new run"
+            ) from error
+
+
+def _check(fits: bool, name: str, got: object, wanted: str) -> None:
+    if not fits:
+        raise SparsePropError(f"{name} must be {wanted}; got {got}")

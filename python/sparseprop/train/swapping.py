@@ -1,0 +1,80 @@
+"""From masked dense layers to sparse ones, by a plan that a run keeps."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import sparseprop
+from sparseprop import SwapPlan
+from sparseprop.errors import SparsePropError
+from sparseprop.train.checkpoint import write_text
+from sparseprop.train.config import FinetuneConfig
+from sparseprop.train.models import ModelSpec
+from sparseprop.train.prune import magnitude_masks
+
+__all__ = ["check_swap", "planned", "swap_pruned"]
+
+
+def swap_pruned(
+    model: nn.Module, masks: Mapping[str, Tensor], config: FinetuneConfig, spec: ModelSpec, plan_file: Path
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Swap the masked layers of ``model`` as the plan in ``plan_file`` says, made and written there first if
+    need be. Returns the model and the masks of the layers that stay dense."""
+    with_masks(model, masks)
+    if plan_file.is_file():
+        plan = SwapPlan.from_json(plan_file.read_text())
+    else:
+        plan = planned(model, masks, config, spec)
+        _require_sparse(plan)
+        write_text(plan_file, plan.to_json())
+    model = sparseprop.swap_modules(model, plan=plan)
+    left = {name: mask for name, mask in masks.items() if name not in plan.sparse_names}
+    for name in left:
+        prune.remove(model.get_submodule(name), "weight")  # type: ignore[no-untyped-call]
+    return model, left
+
+
+def check_swap(
+    model: nn.Module, layers: Mapping[str, nn.Module], config: FinetuneConfig, spec: ModelSpec
+) -> None:
+    """Raise `SparsePropError` if the plan would swap nothing once ``layers`` are pruned: better now than
+    after hours of training. Measurements are left for later."""
+    trial = copy.deepcopy(model)
+    weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    with_masks(trial, magnitude_masks(weights, config.sparsity, scope=config.scope))
+    _require_sparse(planned(trial, layers, dataclasses.replace(config, measure=False), spec))
+
+
+def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Attach masks the way torch's own pruning does, so that a kept weight that is zero stays kept."""
+    for name, mask in masks.items():
+        prune.custom_from_mask(model.get_submodule(name), "weight", mask)  # type: ignore[no-untyped-call]
+
+
+def planned(
+    model: nn.Module, names: Mapping[str, object], config: FinetuneConfig, spec: ModelSpec
+) -> SwapPlan:
+    """The plan for the layers called ``names``: measured, by least sparsity, or by the cost model."""
+    example = torch.zeros(config.batch_size, spec.channels, spec.image_size, spec.image_size)
+    return sparseprop.plan(
+        model,
+        example,
+        min_sparsity=config.min_sparsity,
+        filter_fn=lambda _, name: name in names,
+        measure=config.measure,
+    )
+
+
+def _require_sparse(plan: SwapPlan) -> None:
+    if plan.sparse_names:
+        return
+    reasons = sorted({layer.reason for layer in plan if layer.reason != "filter_fn said no"})
+    raise SparsePropError(
+        f"no layer of the model would become sparse ({'; '.join(reasons[:3])}); expected at least one; ask "
+        "for a higher sparsity, or force the swap with a min_sparsity below it"
+    )
