@@ -4,6 +4,7 @@ from sparseprop import masks, nn
 from sparseprop.backend import active_isa, available_isas
 from sparseprop.errors import SparsePropError
 from sparseprop.pattern import SparsityPattern
+from sparseprop.profiling import StepProfile, profile
 from sparseprop.swap.plan import LayerPlan, SwapPlan
 from sparseprop.swap.planner import plan
 from sparseprop.swap.replace import swap_modules, to_dense
@@ -13,6 +14,7 @@ __all__ = [
     "LayerPlan",
     "SparsePropError",
     "SparsityPattern",
+    "StepProfile",
     "SwapPlan",
     "active_isa",
     "available_isas",
@@ -20,6 +22,7 @@ __all__ = [
     "masks",
     "nn",
     "plan",
+    "profile",
     "swap_like",
     "swap_modules",
     "to_dense",

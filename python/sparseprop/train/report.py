@@ -98,9 +98,7 @@ def write_report(
     return result
 
 
-def step_times(
-    config: FinetuneConfig, data: ImageData, *, dense: nn.Module, sparse: nn.Module
-) -> StepTimes:
+def step_times(config: FinetuneConfig, data: ImageData, *, dense: nn.Module, sparse: nn.Module) -> StepTimes:
     """Time whole training steps (forward, loss, backward, optimizer) of copies of both models, in turn."""
     indices = torch.arange(min(config.batch_size, len(data.train.labels)))
     images, labels = data.train.fetch(indices), data.train.labels[indices]
