@@ -3,6 +3,7 @@
 from sparseprop import masks, nn
 from sparseprop.backend import active_isa, available_isas
 from sparseprop.errors import SparsePropError
+from sparseprop.optim import ParameterMemory, param_groups, parameter_memory
 from sparseprop.pattern import SparsityPattern
 from sparseprop.profiling import StepProfile, profile
 from sparseprop.swap.plan import LayerPlan, SwapPlan
@@ -12,6 +13,7 @@ from sparseprop.swap.state import dense_state_dict, swap_like
 
 __all__ = [
     "LayerPlan",
+    "ParameterMemory",
     "SparsePropError",
     "SparsityPattern",
     "StepProfile",
@@ -21,6 +23,8 @@ __all__ = [
     "dense_state_dict",
     "masks",
     "nn",
+    "param_groups",
+    "parameter_memory",
     "plan",
     "profile",
     "swap_like",
