@@ -51,14 +51,18 @@ def param_groups(
         no_decay = named() if callable(named) else ()
     patterns = tuple(no_decay)
     sparse = _sparse_values(model)
-    plain, decayed = [], []
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         excluded = any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
         is_weight = id(parameter) in sparse or (parameter.dim() > 1 and not name.endswith("bias"))
         (decayed if is_weight and not excluded else plain).append(parameter)
-    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+    groups: list[dict[str, Any]] = [
+        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -140,14 +144,16 @@ def parameter_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None =
         counts[0] += size
         if parameter.requires_grad:
             counts[1] += size
-        for state in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
-            if isinstance(state, Tensor):
-                counts[2] += _sizes(state, parameter, dense_numel)
+        for tensor in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
+            if isinstance(tensor, Tensor):
+                counts[2] += _sizes(tensor, parameter, dense_numel)
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     patterns = sum(_bytes(buffer) for layer in layers for buffer in layer.buffers())
     kernels = sum(layer._operator.contraction.storage_bytes for layer in layers if layer._operator)
-    own, dense = counts[:, 0].tolist(), counts[:, 1].tolist()
-    return ParameterMemory(*own, patterns, kernels, *dense)
+    (parameters, gradients, state), (dense_parameters, dense_gradients, dense_state) = counts.T.tolist()
+    return ParameterMemory(
+        parameters, gradients, state, patterns, kernels, dense_parameters, dense_gradients, dense_state
+    )
 
 
 def _sizes(tensor: Tensor, parameter: Tensor, dense_numel: int) -> Tensor:

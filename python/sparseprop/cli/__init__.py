@@ -1,4 +1,4 @@
-"""The command line: ``sparseprop finetune``, ``plan``, ``inspect`` and ``info``."""
+"""The command line: ``sparseprop finetune``, ``plan``, ``profile``, ``inspect`` and ``info``."""
 
 import typer
 
@@ -6,6 +6,7 @@ from sparseprop.cli.finetune import finetune
 from sparseprop.cli.info import info
 from sparseprop.cli.inspect import inspect
 from sparseprop.cli.plan import plan
+from sparseprop.cli.profile import profile
 
 __all__ = ["app", "main"]
 
@@ -16,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (finetune, plan, inspect, info):
+for command in (finetune, plan, profile, inspect, info):
     app.command()(command)
 
 

@@ -39,6 +39,7 @@ class Training:
     def step(self) -> float:
         """One optimizer step; returns the loss."""
         loss = self.loss(self.forward())
+        _check_loss(loss)
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -153,12 +154,16 @@ def _on_leave(ledger: Ledger, *_: object) -> None:
     ledger.leave()
 
 
-def _nodes(loss: Tensor) -> Iterator[Node]:
+def _check_loss(loss: Tensor) -> None:
     if loss.grad_fn is None:
         raise SparsePropError(
             "profile found nothing to train: the loss depends on no parameter that requires a gradient."
         )
-    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
+
+
+def _nodes(loss: Tensor) -> Iterator[Node]:
+    waiting = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen = set(waiting)
     while waiting:
         node = waiting.pop()
         yield node
