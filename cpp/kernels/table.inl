@@ -3,8 +3,14 @@
 #include "backward.inl"
 #include "forward.inl"
 #include "move.inl"
+#include "norm.inl"
 
 namespace sparseprop {
+
+template <class N, class S>
+constexpr NormKernels<S> norm_kernels() {
+  return {&N::sums, &N::apply, &N::grad_sums, &N::grad_apply};
+}
 
 template <class V>
 constexpr KernelsOf<typename V::scalar> kernels_of() {
@@ -18,7 +24,9 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
            &backward_tile<V, 7 * group>, &backward_tile<V, 8 * group>},
           &Sums<V>::rows,
           &Sums<V>::gather,
-          {&Move<V, S, S>::copy, &Move<V, S, S>::transpose}};
+          {&Move<V, S, S>::copy, &Move<V, S, S>::transpose},
+          norm_kernels<Norm<V, true>, S>(),
+          norm_kernels<Norm<V, false>, S>()};
 }
 
 template <class F32, class F64>

@@ -39,6 +39,11 @@ struct F32 {
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
   }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static F32 relu(F32 x) { return {_mm256_max_ps(_mm256_setzero_ps(), x.v)}; }
+  static F32 where_positive(F32 x, F32 g) {
+    return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ), g.v)};
+  }
   static F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -87,6 +92,11 @@ struct F64 {
   static F64 loadu(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_store_pd(p, v); }
   void storeu(double* p) const { _mm256_storeu_pd(p, v); }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static F64 relu(F64 x) { return {_mm256_max_pd(_mm256_setzero_pd(), x.v)}; }
+  static F64 where_positive(F64 x, F64 g) {
+    return {_mm256_and_pd(_mm256_cmp_pd(x.v, _mm256_setzero_pd(), _CMP_NLE_UQ), g.v)};
+  }
   static F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

@@ -37,6 +37,11 @@ struct F32 {
     const __m512i fixed = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(fixed, 16)));
   }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static F32 relu(F32 x) { return {_mm512_max_ps(_mm512_setzero_ps(), x.v)}; }
+  static F32 where_positive(F32 x, F32 g) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NLE_UQ), g.v)};
+  }
   static F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -99,6 +104,11 @@ struct F64 {
   static F64 loadu(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_store_pd(p, v); }
   void storeu(double* p) const { _mm512_storeu_pd(p, v); }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static F64 relu(F64 x) { return {_mm512_max_pd(_mm512_setzero_pd(), x.v)}; }
+  static F64 where_positive(F64 x, F64 g) {
+    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, _mm512_setzero_pd(), _CMP_NLE_UQ), g.v)};
+  }
   static F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }

@@ -26,6 +26,15 @@ struct Vec {
   void storeu(Out* p) const {
     for (int i = 0; i < width; ++i) p[i] = To<Out>::from(lane[i]);
   }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static Vec relu(Vec x) {
+    for (int i = 0; i < width; ++i) x.lane[i] = x.lane[i] <= S(0) ? S(0) : x.lane[i];
+    return x;
+  }
+  static Vec where_positive(Vec x, Vec g) {
+    for (int i = 0; i < width; ++i) g.lane[i] = x.lane[i] <= S(0) ? S(0) : g.lane[i];
+    return g;
+  }
   static Vec add(Vec a, Vec b) {
     for (int i = 0; i < width; ++i) a.lane[i] += b.lane[i];
     return a;

@@ -6,12 +6,14 @@ from sparseprop.errors import SparsePropError
 from sparseprop.optim import ParameterMemory, param_groups, parameter_memory
 from sparseprop.pattern import SparsityPattern
 from sparseprop.profiling import StepProfile, profile
+from sparseprop.swap.fuse import Fusion, fuse, plan_fusion, unfuse
 from sparseprop.swap.plan import LayerPlan, SwapPlan
 from sparseprop.swap.planner import plan
 from sparseprop.swap.replace import swap_modules, to_dense
 from sparseprop.swap.state import dense_state_dict, swap_like
 
 __all__ = [
+    "Fusion",
     "LayerPlan",
     "ParameterMemory",
     "SparsePropError",
@@ -21,14 +23,17 @@ __all__ = [
     "active_isa",
     "available_isas",
     "dense_state_dict",
+    "fuse",
     "masks",
     "nn",
     "param_groups",
     "parameter_memory",
     "plan",
+    "plan_fusion",
     "profile",
     "swap_like",
     "swap_modules",
     "to_dense",
+    "unfuse",
 ]
 __version__ = "0.1.0"
