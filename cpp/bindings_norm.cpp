@@ -14,9 +14,9 @@ namespace {
 template <class S>
 S* pointer(uintptr_t address) { return reinterpret_cast<S*>(address); }
 
-NormShape shaped(int64_t outer, int64_t channels, int64_t inner, bool relu) {
+NormShape shaped(int64_t outer, int64_t channels, int64_t inner, double cap) {
   if (outer < 1 || channels < 1 || inner < 1) throw std::invalid_argument("batch norm needs at least one element");
-  return {outer, channels, inner, relu};
+  return {outer, channels, inner, cap};
 }
 
 template <class S>
@@ -40,18 +40,18 @@ void backward(NormShape shape, bool training, uintptr_t grad, uintptr_t x, uintp
 
 void bind_norm(py::module_& m) {
   using namespace sparseprop;
-  m.def("norm_forward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, bool relu, bool training,
+  m.def("norm_forward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, double cap, bool training,
                            double eps, uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta,
                            uintptr_t mean, uintptr_t inv_std, uintptr_t variance, uintptr_t out) {
-    const NormShape shape = shaped(outer, channels, inner, relu);
+    const NormShape shape = shaped(outer, channels, inner, cap);
     const py::gil_scoped_release release;
     (wide ? forward<double> : forward<float>)(shape, training, eps, x, residual, gamma, beta, mean, inv_std, variance, out);
   });
-  m.def("norm_backward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, bool relu, bool training,
+  m.def("norm_backward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, double cap, bool training,
                             uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t gamma, uintptr_t beta,
                             uintptr_t mean, uintptr_t inv_std, uintptr_t grad_x, uintptr_t grad_residual,
                             uintptr_t grad_gamma, uintptr_t grad_beta) {
-    const NormShape shape = shaped(outer, channels, inner, relu);
+    const NormShape shape = shaped(outer, channels, inner, cap);
     const py::gil_scoped_release release;
     (wide ? backward<double> : backward<float>)(shape, training, grad, x, out, gamma, beta, mean, inv_std, grad_x,
                                                 grad_residual, grad_gamma, grad_beta);

@@ -77,7 +77,7 @@ struct Movers {
 template <class S>
 struct NormArgs {
   ptrdiff_t rows, pitch, n;
-  bool relu;
+  S cap;  // 0: no activation; infinity: ReLU; else ReLU that stops there, as ReLU6
   const S* x;
   const S* other;  // forward: what is added before the activation; backward: the output; or null
   const S* grad;

@@ -107,7 +107,7 @@ void norm_forward(const NormShape& shape, const NormForward<S>& call) {
   Channels<S> per(channels, call.training);
   std::vector<S> close(call.x, call.x + (shape.inner == 1 ? channels : 0));  // the first row is near the mean
   NormArgs<S> all{};
-  all.relu = shape.relu;
+  all.cap = static_cast<S>(shape.cap);
   all.x = call.x;
   all.other = call.residual;
   all.out = call.out;
@@ -147,7 +147,7 @@ void norm_backward(const NormShape& shape, const NormBackward<S>& call) {
   const bool parallel = count * channels > kSerial;
   Channels<S> per(channels, call.training);
   NormArgs<S> all{};
-  all.relu = shape.relu;
+  all.cap = static_cast<S>(shape.cap);
   all.x = call.x;
   all.other = call.out;
   all.grad = call.grad;

@@ -7,7 +7,7 @@ namespace sparseprop {
 // An activation as (outer, channels, inner), inner contiguous: planes of one channel. inner == 1 is channels-last.
 struct NormShape {
   int64_t outer, channels, inner;
-  bool relu;
+  double cap;  // of the activation: 0 none, infinity ReLU, 6 ReLU6
 };
 
 // All of one type S (float or double). `mean`, `inv_std` and `variance` (unbiased) are written if `training`;

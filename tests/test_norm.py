@@ -12,7 +12,7 @@ import sparseprop
 from checks import running
 from sparseprop import SparsePropError, fuse, plan_fusion, unfuse
 from sparseprop.backend import available_isas
-from sparseprop.nn.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, PassingReLU
+from sparseprop.nn.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, PassingReLU6
 from sparseprop.ops.norm import NormSpec, batch_norm
 
 LAYOUTS = {
@@ -52,7 +52,10 @@ def ours_and_torchs(case, spec, *, with_residual):
         else:
             out = functional.batch_norm(mine, *kept, w, b, spec.training, spec.momentum, spec.eps)
             out = out + r if with_residual else out
-            out = functional.relu(out) if spec.relu else out
+            if spec.cap:
+                out = (
+                    functional.relu(out) if spec.cap == torch.inf else functional.hardtanh(out, 0.0, spec.cap)
+                )
         wanted = leaves if with_residual else leaves[:3]
         grads = torch.autograd.grad(out, wanted, grad)
         found.append((out.detach(), *kept, *grads))
@@ -65,10 +68,10 @@ def ours_and_torchs(case, spec, *, with_residual):
 def test_values_gradients_and_statistics_are_torchs(isa, shape, layout):
     case = tensors(shape, layout)
     with running(isa):
-        for relu in (False, True):
+        for cap in (0.0, torch.inf, 1.5):
             for training in (False, True):
                 for with_residual in (False, True):
-                    spec = NormSpec(training, 0.3, 1e-3, relu)
+                    spec = NormSpec(training, 0.3, 1e-3, cap)
                     ours, theirs = ours_and_torchs(case, spec, with_residual=with_residual)
                     for one, other in zip(ours, theirs, strict=True):
                         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -102,7 +105,7 @@ def test_results_do_not_depend_on_the_number_of_threads(two_threads):
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(ours_and_torchs(case, NormSpec(True, relu=True), with_residual=True)[0])
+            found.append(ours_and_torchs(case, NormSpec(True, cap=torch.inf), with_residual=True)[0])
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -110,7 +113,7 @@ def test_results_do_not_depend_on_the_number_of_threads(two_threads):
 def test_second_derivatives(training):
     x, _, residual, weight, bias, kept = tensors((3, 2, 2, 2), "contiguous")
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
-    spec = NormSpec(training, 0.0, relu=True)
+    spec = NormSpec(training, 0.0, cap=torch.inf)
     call = lambda x, w, b, r: batch_norm(x, kept, w, b, spec, r)  # noqa: E731
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves)
@@ -120,7 +123,7 @@ def test_nan_and_infinity_behave_as_in_torch():
     x, grad, residual, weight, bias, kept = tensors((2, 3, 4, 4), "contiguous", torch.float32)
     x[0, 0, 0, 0], x[1, 1, 2, 2] = float("nan"), float("inf")
     case = (x, grad, residual, weight, bias, kept)
-    ours, theirs = ours_and_torchs(case, NormSpec(False, relu=True), with_residual=False)
+    ours, theirs = ours_and_torchs(case, NormSpec(False, cap=torch.inf), with_residual=False)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
 
@@ -128,7 +131,7 @@ def test_nan_and_infinity_behave_as_in_torch():
 def test_only_wanted_gradients_are_made():
     x, grad, _, weight, bias, kept = tensors((2, 3, 4, 4), "contiguous")
     weight.requires_grad_()
-    batch_norm(x, kept, weight, bias, NormSpec(True, relu=True)).backward(grad)
+    batch_norm(x, kept, weight, bias, NormSpec(True, cap=torch.inf)).backward(grad)
     assert weight.grad is not None
     assert x.grad is bias.grad is None
 
@@ -193,7 +196,7 @@ class Block(nn.Module):
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(Block(), nn.BatchNorm2d(8), nn.ReLU(), Block()).double()
+    return nn.Sequential(Block(), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), Block()).double()
 
 
 def test_the_plan_says_what_is_fused_and_why_not():
@@ -240,7 +243,7 @@ UNFUSED = [
     (Reused, "no ReLU module alone behind it", True),
     (TwoUsers, "no ReLU module alone behind it", True),
     (hooked, "hooks between it and its ReLU", True),
-    (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.ReLU6()), "no ReLU module alone behind it", True),
+    (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.SiLU()), "no ReLU module alone behind it", True),
     (lambda: nn.Sequential(OwnNorm(4), nn.ReLU()), "OwnNorm is not torch's own batch norm", False),
 ]
 
@@ -301,7 +304,7 @@ def test_fusing_changes_classes_only_and_unfusing_undoes_it():
 def test_to_dense_gives_torchs_modules_back():
     dense = network()
     swapped = fuse(sparseprop.swap_modules(dense, min_sparsity=0.0, inplace=False))
-    assert isinstance(swapped[2], PassingReLU)
+    assert isinstance(swapped[2], PassingReLU6)
     assert [type(m) for m in sparseprop.to_dense(swapped).modules()] == [type(m) for m in dense.modules()]
 
 

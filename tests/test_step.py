@@ -50,7 +50,9 @@ def test_one_row_of_the_bench_and_its_table():
     row = bench_step.bench("small", SMALL, 0.9, options)
     assert row["batch"] == 1
     assert set(row["step"]["ms"]) == {
-        f"{form} {layout}" for form in ("dense", "sparse") for layout in ("contiguous", "channels_last")
+        f"{form} {layout}"
+        for form in ("dense", "sparse", "fused")
+        for layout in ("contiguous", "channels_last")
     }
     assert row["memory"]["ratio"] < row["memory"]["ratio with indices"]
     lines = bench_step.table([row]).splitlines()

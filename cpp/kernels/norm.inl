@@ -36,7 +36,7 @@ struct Norm {
 
   // out = act(x * scale + shift + residual)
   static void apply(const NormArgs<S>& a) {
-    if (a.relu) {
+    if (a.cap > S(0)) {
       a.other ? apply_as<true, true>(a) : apply_as<true, false>(a);
     } else {
       a.other ? apply_as<false, true>(a) : apply_as<false, false>(a);
@@ -101,7 +101,7 @@ struct Norm {
         const ptrdiff_t at = r * a.pitch + i;
         V y = affine(a, Broadcast ? 0 : i, get(a.x + at, count), count);
         if (Residual) y = V::add(y, get(a.other + at, count));
-        if (Relu) y = V::relu(y);
+        if (Relu) y = V::min(V::broadcast(a.cap), V::relu(y));
         put(y, a.out + at, count);
       });
     }
@@ -114,8 +114,9 @@ struct Norm {
   // Without `other` (the output) the sign of the output is computed again, by the very operations of `apply`.
   static inline V masked(const NormArgs<S>& a, ptrdiff_t at, ptrdiff_t c, V x, ptrdiff_t count) {
     const V g = get(a.grad + at, count);
-    if (!a.relu) return g;
-    return V::where_positive(a.other ? get(a.other + at, count) : affine(a, c, x, count), g);
+    if (!(a.cap > S(0))) return g;
+    const V y = a.other ? get(a.other + at, count) : affine(a, c, x, count);
+    return V::where_positive(subtract(V::broadcast(a.cap), y), V::where_positive(y, g));
   }
 
   static inline void plane_sums(const S* x, ptrdiff_t n, V shift, S pad, double* sum, double* squares) {

@@ -41,6 +41,7 @@ struct F32 {
   }
   // NaN stays NaN, and lets gradients pass, as in torch.
   static F32 relu(F32 x) { return {_mm256_max_ps(_mm256_setzero_ps(), x.v)}; }
+  static F32 min(F32 cap, F32 x) { return {_mm256_min_ps(cap.v, x.v)}; }
   static F32 where_positive(F32 x, F32 g) {
     return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ), g.v)};
   }
@@ -94,6 +95,7 @@ struct F64 {
   void storeu(double* p) const { _mm256_storeu_pd(p, v); }
   // NaN stays NaN, and lets gradients pass, as in torch.
   static F64 relu(F64 x) { return {_mm256_max_pd(_mm256_setzero_pd(), x.v)}; }
+  static F64 min(F64 cap, F64 x) { return {_mm256_min_pd(cap.v, x.v)}; }
   static F64 where_positive(F64 x, F64 g) {
     return {_mm256_and_pd(_mm256_cmp_pd(x.v, _mm256_setzero_pd(), _CMP_NLE_UQ), g.v)};
   }

@@ -94,12 +94,13 @@ def transposable_nm_mask(
 ) -> None: ...
 
 # Activations as (outer, channels, inner), inner contiguous; float64 if wide, else float32; address 0: absent.
+# `cap` of the activation: 0 none, infinity ReLU, 6 ReLU6.
 def norm_forward(
     wide: bool,
     outer: int,
     channels: int,
     inner: int,
-    relu: bool,
+    cap: float,
     training: bool,
     eps: float,
     x: int,
@@ -116,7 +117,7 @@ def norm_backward(
     outer: int,
     channels: int,
     inner: int,
-    relu: bool,
+    cap: float,
     training: bool,
     grad: int,
     x: int,

@@ -1,4 +1,4 @@
-"""Batch norm with an addition and ReLU after it, in one pass where torch needs three; any layout."""
+"""Batch norm with an addition and a ReLU after it, in one pass where torch needs three; any layout."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class NormSpec:
         training: normalize by the statistics of the batch, else by the running ones.
         momentum: share of the batch in the running statistics; 0 leaves them alone.
         eps: added to the variance.
-        relu: apply ReLU to the result.
+        cap: of the activation applied to the result: 0 none, infinity ReLU, 6 ReLU6.
     """
 
     training: bool
     momentum: float = 0.1
     eps: float = 1e-5
-    relu: bool = False
+    cap: float = 0.0
 
 
 def batch_norm(
@@ -43,13 +43,13 @@ def batch_norm(
     spec: NormSpec,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`relu(batch_norm(x) + residual)`, each of the two if asked for; updates running statistics in place.
+    """`activation(batch_norm(x) + residual)`, each of the two if asked for; updates running statistics.
 
     `x` is (N, C, ...), float32 or float64 on the CPU in one of the layouts contiguous, channels-last and
     batch-last, which the result keeps; all else is left to torch's functions. `residual` has its shape.
 
     >>> x = torch.tensor([[1.0], [3.0]])
-    >>> batch_norm(x, (None, None), None, None, NormSpec(training=True, relu=True, eps=0.0))
+    >>> batch_norm(x, (None, None), None, None, NormSpec(training=True, cap=torch.inf, eps=0.0))
     tensor([[0.],
             [1.]])
     """
@@ -74,7 +74,9 @@ def _by_torch(
     y = functional.batch_norm(x, *running, weight, bias, spec.training, spec.momentum, spec.eps)
     if residual is not None:
         y = y + residual
-    return functional.relu(y) if spec.relu else y
+    if spec.cap in (0.0, torch.inf):
+        return functional.relu(y) if spec.cap else y
+    return functional.hardtanh(y, 0.0, spec.cap)
 
 
 Shape = tuple[int, int, int]
@@ -139,7 +141,7 @@ def _forward(
     else:
         mean, inv_std = running[0].detach(), (running[1].detach() + spec.eps).rsqrt()
     native.norm_forward(
-        x.dtype is torch.float64, *shape, spec.relu, spec.training, spec.eps,
+        x.dtype is torch.float64, *shape, spec.cap, spec.training, spec.eps,
         x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias),
         mean.data_ptr(), inv_std.data_ptr(), _pointer(variance), out.data_ptr(),
     )  # fmt: skip
@@ -157,7 +159,7 @@ class _BatchNorm(Function):
     ) -> Tensor:
         out, mean, inv_std = _forward(x, weight, bias, residual, running, spec, shape)
         needs = ctx.needs_input_grad[:4]
-        signs = out if spec.relu and residual is not None and any(needs) else None
+        signs = out if spec.cap and residual is not None and any(needs) else None
         if not spec.training:
             mean = mean.clone()  # the running mean may have moved on before the backward pass
         ctx.save_for_backward(x, weight, bias, residual, mean, inv_std, signs)
@@ -196,7 +198,7 @@ def _backward(
     grad_weight = x.new_empty(shape[1]) if for_weight else None
     grad_bias = x.new_empty(shape[1]) if for_bias else None
     native.norm_backward(
-        x.dtype is torch.float64, *shape, spec.relu, spec.training, grad.data_ptr(), x.data_ptr(),
+        x.dtype is torch.float64, *shape, spec.cap, spec.training, grad.data_ptr(), x.data_ptr(),
         _pointer(signs), _pointer(weight), _pointer(bias), mean.data_ptr(), inv_std.data_ptr(),
         _pointer(grad_x), _pointer(masked), _pointer(grad_weight), _pointer(grad_bias),
     )  # fmt: skip

@@ -10,12 +10,13 @@ from typing import Any, cast
 from torch import fx, nn
 
 from sparseprop.errors import SparsePropError
-from sparseprop.nn.norm import NATIVE_NORMS, NativeNorm, PassingReLU
+from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
 from sparseprop.swap.decide import check_model
 
 __all__ = ["Fusion", "fuse", "plan_fusion", "unfuse"]
 
 _TORCH_NORMS = {native: torch_class for torch_class, native in NATIVE_NORMS.items()}
+_TORCH_RELUS = {passing: torch_class for torch_class, (passing, _) in PASSING.items()}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -25,7 +26,7 @@ class Fusion:
 
     Attributes:
         name: of the batch norm in ``model.named_modules()``.
-        relu: name of the ReLU that it takes along, None if none.
+        relu: name of the ReLU or ReLU6 that it takes along, None if none.
         native: whether it becomes native at all.
         reason: why no ReLU, or nothing at all, in a few words; "" if both.
     """
@@ -73,8 +74,8 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         inplace: change `model` itself (default), or leave it alone and return a changed copy.
 
     >>> model = fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
-    >>> model[1].with_relu, isinstance(model[1], nn.BatchNorm2d)
-    (True, True)
+    >>> model[1].cap, isinstance(model[1], nn.BatchNorm2d)
+    (inf, True)
     """
     plan = plan_fusion(model)
     if not inplace:
@@ -86,8 +87,12 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         norm = modules[fusion.name]
         norm.__class__ = NATIVE_NORMS[type(norm)]
         if fusion.relu is not None:
-            norm.with_relu = True
-            modules[fusion.relu].__class__ = PassingReLU
+            relu = modules[fusion.relu]
+            kind = _TORCH_RELUS.get(
+                type(relu), type(relu)
+            )  # one that serves several batch norms is passing by now
+            relu.__class__, cap = PASSING[kind]
+            norm.cap = cap
     return model
 
 
@@ -103,10 +108,10 @@ def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         model = copy.deepcopy(model)
     for module in model.modules():
         if type(module) in _TORCH_NORMS:
-            vars(module).pop("with_relu", None)
+            vars(module).pop("cap", None)
             module.__class__ = _TORCH_NORMS[type(module)]
-        elif type(module) is PassingReLU:
-            module.__class__ = nn.ReLU  # type: ignore[assignment]  # the way back
+        elif type(module) in _TORCH_RELUS:
+            module.__class__ = _TORCH_RELUS[type(module)]
     return model
 
 
@@ -133,7 +138,7 @@ def _following_relus(model: nn.Module) -> tuple[Mapping[str, str], str]:
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             users = list(node.users)
             after = dict(_calls(users, model)).get(users[0]) if len(users) == 1 else None
-            is_relu = type(after) in (nn.ReLU, PassingReLU)
+            is_relu = type(after) in PASSING or type(after) in _TORCH_RELUS
             found.setdefault(names[id(norm)], set()).add(names[id(after)] if is_relu else None)
     return {
         norm: cast(str, next(iter(relus)))
