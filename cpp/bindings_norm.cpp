@@ -46,7 +46,10 @@ void bind_norm(py::module_& m) {
     const NormShape shape = shaped(outer, channels, inner, cap);
     const py::gil_scoped_release release;
     (wide ? forward<double> : forward<float>)(shape, training, eps, x, residual, gamma, beta, mean, inv_std, variance, out);
-  });
+  },
+      py::arg("wide"), py::arg("outer"), py::arg("channels"), py::arg("inner"), py::arg("cap"),
+      py::arg("training"), py::arg("eps"), py::arg("x"), py::arg("residual"), py::arg("gamma"),
+      py::arg("beta"), py::arg("mean"), py::arg("inv_std"), py::arg("variance"), py::arg("out"));
   m.def("norm_backward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, double cap, bool training,
                             uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t gamma, uintptr_t beta,
                             uintptr_t mean, uintptr_t inv_std, uintptr_t grad_x, uintptr_t grad_residual,
@@ -55,5 +58,9 @@ void bind_norm(py::module_& m) {
     const py::gil_scoped_release release;
     (wide ? backward<double> : backward<float>)(shape, training, grad, x, out, gamma, beta, mean, inv_std, grad_x,
                                                 grad_residual, grad_gamma, grad_beta);
-  });
+  },
+      py::arg("wide"), py::arg("outer"), py::arg("channels"), py::arg("inner"), py::arg("cap"),
+      py::arg("training"), py::arg("grad"), py::arg("x"), py::arg("out"), py::arg("gamma"), py::arg("beta"),
+      py::arg("mean"), py::arg("inv_std"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_gamma"),
+      py::arg("grad_beta"));
 }
