@@ -5,8 +5,16 @@
 namespace sparseprop {
 namespace {
 
-constexpr double kSerialWork = 1 << 19;  // multiply-adds below which starting threads costs more than it saves
+// Starting threads pays above this much work, in multiply-adds.
+constexpr double kSerialWork = 1 << 19;
+constexpr double kMoveWork = 16;  // packing or storing one activation element costs about as many
 constexpr size_t kCached = 6;
+
+bool worth_threads(const Layer& layer, const Lowered& low, int64_t nnz, int64_t lanes) {
+  const double columns = double(low.grid.columns);
+  const double padded = double(ceil_div(low.grid.columns, lanes) * lanes);  // kernels work on whole vectors
+  return double(nnz) * padded + kMoveWork * columns * double(layer.in_channels + layer.out_channels) > kSerialWork;
+}
 
 bool batch_last(const Strides& strides, int64_t batch) { return batch > 1 && strides[0] == 1; }
 
@@ -58,7 +66,7 @@ void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const vo
   const int64_t element = dtype == DType::float64 ? 8 : 4;
   const int64_t lanes = choose_lanes(sizes, element, batch_last(x.strides, sizes.batch));
   const auto low = lower(Direction::forward, sizes, element, lanes);
-  const bool parallel = double(pattern_.nnz) * double(low->grid.columns) > kSerialWork;
+  const bool parallel = worth_threads(layer_, *low, pattern_.nnz, 64 / element);
   const Kernels& table = active_kernels();
   if (dtype == DType::float64) {
     run_forward<double, double>({layer_, sizes, *low, table}, x, static_cast<const double*>(values),
@@ -77,7 +85,7 @@ void Contraction::backward(DType dtype, const Sizes& sizes, TensorRef x, const v
   const int64_t element = dtype == DType::float64 ? 8 : 4;
   const int64_t lanes = choose_lanes(sizes, element, batch_last(grad_out.strides, sizes.batch));
   const auto low = lower(Direction::backward, sizes, element, lanes);
-  const bool parallel = double(pattern_.nnz) * double(low->grid.columns) > kSerialWork;
+  const bool parallel = worth_threads(layer_, *low, pattern_.nnz, 64 / element);
   const Kernels& table = active_kernels();
   if (dtype == DType::float64) {
     const Gradients<double> grads{grad_in, static_cast<double*>(grad_values), static_cast<double*>(grad_bias)};
