@@ -69,6 +69,7 @@ class PyContraction {
 }  // namespace
 
 void bind_masks(py::module_& m);  // bindings_masks.cpp
+void bind_norm(py::module_& m);   // bindings_norm.cpp
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Kernels for sparse weights; use sparseprop.nn, not this module.";
@@ -86,6 +87,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
            py::arg("grad_out"), py::arg("grad_out_strides"), py::arg("grad_in"), py::arg("grad_in_strides"),
            py::arg("grad_values"), py::arg("grad_bias"));
   bind_masks(m);
+  bind_norm(m);
   m.def("available_isas", [] { return py::tuple(py::cast(available_isas())); });
   m.def("active_isa", [] { return std::string(active_kernels().name); });
   m.def("set_max_isa", &set_max_isa, py::arg("name"));

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "lowering.h"
-#include "stream.h"
+#include "entries.h"
+#include "schedule.h"
 
 namespace sparseprop {
 
@@ -17,13 +17,25 @@ struct TensorRef {
   Strides strides;
 };
 
+enum class Direction { forward, backward };
+
+// A pattern ready for the kernels: one direction, one set of sizes.
+struct Lowered {
+  Direction direction;
+  int64_t element_size;
+  Sizes sizes;
+  Grid grid;
+  Schedule schedule;
+  Stream stream;
+};
+
 class Contraction {
  public:
   // Borrows row_ptr (out_channels + 1) and col_idx (nnz); the owner keeps them alive. Throws std::invalid_argument
   // for indices that no pattern has; they are checked again whenever they are read.
   Contraction(const Layer& layer, const int64_t* row_ptr, const int32_t* col_idx, int64_t nnz);
 
-  int64_t nnz() const { return nnz_; }
+  int64_t nnz() const { return pattern_.nnz; }
   int64_t storage_bytes() const;
 
   // values, bias and their gradients are float64 for float64 activations, float32 otherwise; null = absent.
@@ -31,19 +43,11 @@ class Contraction {
   void backward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, TensorRef grad_out, TensorRef grad_in,
                 void* grad_values, void* grad_bias);
 
-  struct Lowered;
-
  private:
-  enum class Direction { forward, backward };
   std::shared_ptr<const Lowered> lower(Direction direction, const Sizes& sizes, int64_t element_size, int64_t lanes);
-  Entries forward_entries(const Grid& grid) const;
-  Entries backward_entries(const Grid& grid) const;
-  void check_indices() const;
 
   Layer layer_;
-  const int64_t* row_ptr_;
-  const int32_t* col_idx_;
-  int64_t nnz_;
+  PatternRef pattern_;
   mutable std::mutex mutex_;
   std::vector<std::shared_ptr<const Lowered>> cache_;  // most recently used last
 };

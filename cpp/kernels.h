@@ -76,6 +76,31 @@ struct Movers {
                     ptrdiff_t cols);
 };
 
+// Batch norm over `rows` runs of `n` adjacent elements, `pitch` apart. Planes: one channel, parameters are single
+// numbers. Rows: element i is channel i, parameters are arrays of n.
+template <class S>
+struct NormArgs {
+  ptrdiff_t rows, pitch, n;
+  S cap;  // 0: no activation; infinity: ReLU; else ReLU that stops there, as ReLU6
+  const S* x;
+  const S* other;  // forward: what is added before the activation; backward: the output; or null
+  const S* grad;
+  S* masked;  // gradient where the activation let it pass: written by grad_sums, read by grad_apply; or null
+  S* out;
+  const S *scale, *shift;               // x * scale + shift is the normalized x
+  const S *mean;                        // sums: any number close to the mean
+  const S *scale_grad, *slope, *offset;  // grad_apply: g * scale_grad [+ (x - mean) * slope + offset if slope]
+};
+
+// sums and grad_sums add to doubles, one per channel; scratch is 2 * n (rows only).
+template <class S>
+struct NormKernels {
+  void (*sums)(const NormArgs<S>&, double* sum, double* squares, S* scratch);
+  void (*apply)(const NormArgs<S>&);
+  void (*grad_sums)(const NormArgs<S>&, double* sum, double* product, S* scratch);
+  void (*grad_apply)(const NormArgs<S>&);
+};
+
 template <class S>
 struct KernelsOf {
   // Index v - 1: a tile of v * lanes columns.
@@ -85,6 +110,7 @@ struct KernelsOf {
   void (*row_sums)(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);  // sums[r] +=
   void (*gather)(S* dst, const S* src, const uint32_t* index, ptrdiff_t n);
   Movers<S, S> move;
+  NormKernels<S> planes, rows;
 };
 
 struct Kernels {

@@ -33,7 +33,8 @@ int64_t tile_span(const Layer& layer, const Grid& grid, int64_t tile) {
 // out: 1.3x slower than planes on every ResNet-50 shape, so only for tensors that are batch-last already.
 int64_t choose_lanes(const Sizes& sizes, int64_t element_size, bool batch_last) {
   const int64_t lanes = 64 / element_size;
-  if (!batch_last) return 1;
+  const Triple one = {1, 1, 1};
+  if (!batch_last || (sizes.in == one && sizes.out == one)) return 1;  // one position: the batch is contiguous anyway
   const int64_t groups = (sizes.batch + lanes - 1) / lanes;
   if (groups * lanes * 4 > sizes.batch * 5) return 1;
   return lanes;

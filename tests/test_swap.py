@@ -1,6 +1,7 @@
 """What `swap_modules` and `to_dense` do to a model."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import sparseprop
 from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLinear
 from sparseprop.swap import SwapPlan
 from sparseprop.swap.planner import Planner
+from sparseprop.swap.replace import NothingSwappedWarning
 from swap_cases import FakeTimer, TwoLayers, plan_entry, small_cnn, sparsify
 
 KINDS = {
@@ -143,7 +145,9 @@ def test_example_input_decides_by_measurement():
     plan = Planner(timer=FakeTimer(dense=1.0, sparse=0.5)).plan(TwoLayers(), torch.ones(2, 128))
     model = sparseprop.swap_modules(TwoLayers(), plan=plan)
     assert type(model.used) is SparseLinear
-    real = sparseprop.swap_modules(TwoLayers(), torch.ones(2, 128))
+    with warnings.catch_warnings():  # on this machine, at this size, dense may well win everywhere
+        warnings.simplefilter("ignore", NothingSwappedWarning)
+        real = sparseprop.swap_modules(TwoLayers(), torch.ones(2, 128))
     assert type(real.used) in (nn.Linear, SparseLinear)
 
 

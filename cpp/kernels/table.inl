@@ -3,8 +3,14 @@
 #include "backward.inl"
 #include "forward.inl"
 #include "move.inl"
+#include "norm.inl"
 
 namespace sparseprop {
+
+template <class N, class S>
+constexpr NormKernels<S> norm_kernels() {
+  return {&N::sums, &N::apply, &N::grad_sums, &N::grad_apply};
+}
 
 template <class V>
 constexpr KernelsOf<typename V::scalar> kernels_of() {
@@ -19,7 +25,9 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           &Sums<V>::zero,
           &Sums<V>::rows,
           &Sums<V>::gather,
-          {&Move<V, S, S>::copy, &Move<V, S, S>::transpose}};
+          {&Move<V, S, S>::copy, &Move<V, S, S>::transpose},
+          norm_kernels<Norm<V, true>, S>(),
+          norm_kernels<Norm<V, false>, S>()};
 }
 
 template <class F32, class F64>

@@ -62,6 +62,12 @@ struct F32 {
     const __m256 pairs = _mm256_shuffle_ps(loadu(p).v, loadu(p + 8).v, 0x88);  // 0 2 8 10 | 4 6 12 14
     return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
   }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static F32 relu(F32 x) { return {_mm256_max_ps(_mm256_setzero_ps(), x.v)}; }
+  static F32 min(F32 cap, F32 x) { return {_mm256_min_ps(cap.v, x.v)}; }
+  static F32 where_positive(F32 x, F32 g) {
+    return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ), g.v)};
+  }
   static F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -117,6 +123,12 @@ struct F64 {
     _mm256_maskstore_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_set_epi64x(3, 2, 1, 0)), v);
   }
   static F64 load_even(const double* p) { return {_mm256_set_pd(p[6], p[4], p[2], p[0])}; }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static F64 relu(F64 x) { return {_mm256_max_pd(_mm256_setzero_pd(), x.v)}; }
+  static F64 min(F64 cap, F64 x) { return {_mm256_min_pd(cap.v, x.v)}; }
+  static F64 where_positive(F64 x, F64 g) {
+    return {_mm256_and_pd(_mm256_cmp_pd(x.v, _mm256_setzero_pd(), _CMP_NLE_UQ), g.v)};
+  }
   static F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

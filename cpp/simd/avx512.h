@@ -54,6 +54,12 @@ struct F32 {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     return {_mm512_permutex2var_ps(loadu(p).v, even, loadu(p + 16).v)};
   }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static F32 relu(F32 x) { return {_mm512_max_ps(_mm512_setzero_ps(), x.v)}; }
+  static F32 min(F32 cap, F32 x) { return {_mm512_min_ps(cap.v, x.v)}; }
+  static F32 where_positive(F32 x, F32 g) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NLE_UQ), g.v)};
+  }
   static F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -121,6 +127,12 @@ struct F64 {
   void store_some(double* p, ptrdiff_t n) const { _mm512_mask_storeu_pd(p, first(n), v); }
   static F64 load_even(const double* p) {
     return {_mm512_set_pd(p[14], p[12], p[10], p[8], p[6], p[4], p[2], p[0])};
+  }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static F64 relu(F64 x) { return {_mm512_max_pd(_mm512_setzero_pd(), x.v)}; }
+  static F64 min(F64 cap, F64 x) { return {_mm512_min_pd(cap.v, x.v)}; }
+  static F64 where_positive(F64 x, F64 g) {
+    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, _mm512_setzero_pd(), _CMP_NLE_UQ), g.v)};
   }
   static F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }

@@ -43,6 +43,19 @@ struct Vec {
     for (int i = 0; i < width; ++i) r.lane[i] = To<S>::from(p[2 * i]);
     return r;
   }
+  // NaN stays NaN, and lets gradients pass, as in torch.
+  static Vec relu(Vec x) {
+    for (int i = 0; i < width; ++i) x.lane[i] = x.lane[i] <= S(0) ? S(0) : x.lane[i];
+    return x;
+  }
+  static Vec min(Vec cap, Vec x) {
+    for (int i = 0; i < width; ++i) x.lane[i] = cap.lane[i] < x.lane[i] ? cap.lane[i] : x.lane[i];
+    return x;
+  }
+  static Vec where_positive(Vec x, Vec g) {
+    for (int i = 0; i < width; ++i) g.lane[i] = x.lane[i] <= S(0) ? S(0) : g.lane[i];
+    return g;
+  }
   static Vec add(Vec a, Vec b) {
     for (int i = 0; i < width; ++i) a.lane[i] += b.lane[i];
     return a;

@@ -92,3 +92,42 @@ def transposable_nm_mask(
     row_dual: int,
     col_dual: int,
 ) -> None: ...
+
+# Activations as (outer, channels, inner), inner contiguous; float64 if wide, else float32; address 0: absent.
+# `cap` of the activation: 0 none, infinity ReLU, 6 ReLU6.
+def norm_forward(
+    wide: bool,
+    outer: int,
+    channels: int,
+    inner: int,
+    cap: float,
+    training: bool,
+    eps: float,
+    x: int,
+    residual: int,
+    gamma: int,
+    beta: int,
+    mean: int,
+    inv_std: int,
+    variance: int,
+    out: int,
+) -> None: ...
+def norm_backward(
+    wide: bool,
+    outer: int,
+    channels: int,
+    inner: int,
+    cap: float,
+    training: bool,
+    grad: int,
+    x: int,
+    out: int,
+    gamma: int,
+    beta: int,
+    mean: int,
+    inv_std: int,
+    grad_x: int,
+    grad_residual: int,
+    grad_gamma: int,
+    grad_beta: int,
+) -> None: ...

@@ -1,4 +1,5 @@
-"""The command line: ``sparseprop finetune``, ``plan``, ``mask``, ``convert``, ``inspect`` and ``info``."""
+"""The command line: ``sparseprop finetune``, ``plan``, ``profile``, ``mask``, ``convert``,
+``inspect`` and ``info``."""
 
 import typer
 
@@ -8,6 +9,7 @@ from sparseprop.cli.info import info
 from sparseprop.cli.inspect import inspect
 from sparseprop.cli.mask import mask
 from sparseprop.cli.plan import plan
+from sparseprop.cli.profile import profile
 
 __all__ = ["app", "main"]
 
@@ -18,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (finetune, plan, mask, convert, inspect, info):
+for command in (finetune, plan, profile, mask, convert, inspect, info):
     app.command()(command)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor, nn
 
 import sparseprop
 from sparseprop.cli.console import guarded
@@ -14,7 +15,7 @@ from sparseprop.train.prune import magnitude_masks, prunable_layers
 from sparseprop.train.start import is_file_name, load_model, read_checkpoint
 from sparseprop.train.swapping import with_masks
 
-__all__ = ["plan"]
+__all__ = ["example_model", "plan"]
 
 
 @guarded
@@ -31,6 +32,15 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say which layers of a model would become sparse, and why."""
+    built, example = example_model(model, arch, sparsity, batch_size, image_size)
+    found = sparseprop.plan(built, example, min_sparsity=min_sparsity, measure=measure)
+    typer.echo(found.to_json() if as_json else str(found))
+
+
+def example_model(
+    model: str, arch: str | None, sparsity: float | None, batch_size: int, image_size: int | None
+) -> tuple[nn.Module, Tensor]:
+    """The masked dense model that the options of a command name, and a batch of zeros for it."""
     if sparsity is not None and not 0 < sparsity < 1:
         raise SparsePropError(f"sparsity must be between 0 and 1, such as 0.9; got {sparsity}")
     if batch_size < 1:
@@ -54,12 +64,10 @@ def plan(
         weights = {layer: module.get_parameter("weight") for layer, module in layers.items()}
         masks |= magnitude_masks(weights, sparsity, scope="layer")
     with_masks(built, masks)
-    example = torch.zeros(batch_size, spec.channels, spec.image_size, spec.image_size)
-    found = sparseprop.plan(built, example, min_sparsity=min_sparsity, measure=measure)
-    typer.echo(found.to_json() if as_json else str(found))
+    return built, torch.zeros(batch_size, spec.channels, spec.image_size, spec.image_size)
 
 
-def _classes(tensors: dict[str, torch.Tensor]) -> int:
+def _classes(tensors: dict[str, Tensor]) -> int:
     """The outputs of a checkpoint's last matrix."""
     matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
     return len(matrices[-1]) if matrices else 1000

@@ -14,27 +14,30 @@ class Constants:
 
     Attributes:
         dense_gflops: speed of the dense layer, forward and backward alike.
-        sparse_gflops: speed of the sparse kernels, counted on non-zeros.
-        layout_ns: time to change the layout of one activation element, once each way.
+        dense_gbytes: GB/s at which a dense layer reads its weights, which bounds small batches.
+        moved_ns: time to pack and store one activation element, forward and backward together.
         dense_call_us, sparse_call_us: fixed cost of one forward and backward.
         positions: columns of the contraction in a nominal batch, before any stride.
     """
 
     dense_gflops: float
-    sparse_gflops: float
-    layout_ns: float
+    dense_gbytes: float
+    moved_ns: float
     dense_call_us: float
     sparse_call_us: float
     positions: int
 
 
-# Two Zen 4 cores, float32. A first guess from layers of 64 to 4096 features.
+# Two cores of a 2.5 GHz Cascade Lake Xeon (AVX-512), float32, two threads.
 CONSTANTS = {
-    "Linear": Constants(160.0, 95.0, 0.20, 30.0, 40.0, 256),
-    "Conv1d": Constants(150.0, 75.0, 0.25, 60.0, 60.0, 16 * 256),
-    "Conv2d": Constants(150.0, 75.0, 0.25, 60.0, 60.0, 16 * 14 * 14),
-    "Conv3d": Constants(150.0, 75.0, 0.25, 60.0, 60.0, 4 * 8 * 14 * 14),
+    "Linear": Constants(215.0, 22.0, 0.8, 100.0, 140.0, 256),
+    "Conv1d": Constants(210.0, 22.0, 1.0, 120.0, 160.0, 16 * 256),
+    "Conv2d": Constants(210.0, 22.0, 1.0, 120.0, 160.0, 16 * 14 * 14),
+    "Conv3d": Constants(210.0, 22.0, 1.0, 120.0, 160.0, 4 * 8 * 14 * 14),
 }
+# Nanoseconds on both cores: per non-zero and call (reordering values and their gradients), per non-zero and
+# tile (index, value, dot product), and per 16 columns of it.
+_CALL_NS, _TILE_NS, _LANES_NS, _TILE, _LANES = 3.0, 1.7, 0.6, 128, 16
 _TINY = 4096
 
 
@@ -49,8 +52,9 @@ class Estimate:
 def estimate(layer: Facts, nnz: int, positions: int | None = None) -> Estimate:
     """Times of `layer` with `nnz` non-zeros at `positions` output columns (None: a nominal batch).
 
-    Three contractions of equal cost (output, gradient of the input, gradient of the weight) at the family's
-    speed, plus a fixed cost a call; the sparse side also pays for the layout of what it reads and writes.
+    Dense: three contractions (output, gradient of the input, gradient of the weight) at the family's
+    speed, no faster than the weights can be read. Sparse: each non-zero costs a fixed part per tile of 128
+    columns and a part per 16 of them, and activations are packed and stored. Both have a fixed cost a call.
     Grows with `nnz`, so that a sparser layer never looks slower.
 
     >>> few, many = (estimate(Facts("Linear", 256, 256), nnz) for nnz in (6_000, 60_000))
@@ -60,12 +64,15 @@ def estimate(layer: Facts, nnz: int, positions: int | None = None) -> Estimate:
     c = CONSTANTS[layer.kind]
     shrink = math.prod(layer.stride)
     columns = positions if positions is not None else max(1, c.positions // shrink)
-    dense_flop = 3 * 2.0 * layer.rows * layer.cols * columns
-    sparse_flop = 3 * 2.0 * nnz * columns
+    weights = layer.rows * layer.cols
+    compute_ms = 1e-6 * 6.0 * weights * columns / c.dense_gflops
+    read_ms = 1e-6 * 12.0 * weights / c.dense_gbytes
+    tiles, lanes = math.ceil(columns / _TILE), math.ceil(columns / _LANES)
+    per_nonzero_ns = _CALL_NS + _TILE_NS * tiles + _LANES_NS * lanes
     moved = columns * (layer.in_features * shrink + layer.rows)
     return Estimate(
-        dense_ms=1e-3 * c.dense_call_us + 1e-6 * dense_flop / c.dense_gflops,
-        sparse_ms=1e-3 * c.sparse_call_us + 1e-6 * sparse_flop / c.sparse_gflops + 1e-6 * c.layout_ns * moved,
+        dense_ms=1e-3 * c.dense_call_us + max(compute_ms, read_ms),
+        sparse_ms=1e-3 * c.sparse_call_us + 1e-6 * nnz * per_nonzero_ns + 1e-6 * c.moved_ns * moved,
     )
 
 

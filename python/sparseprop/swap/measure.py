@@ -16,7 +16,7 @@ from sparseprop.errors import SparsePropError
 from sparseprop.swap.kinds import Facts, facts, sparse_from_dense
 from sparseprop.timing import Timer, module_step
 
-__all__ = ["InputSpec", "Measured", "Measurements", "capture", "measure_layer"]
+__all__ = ["InputSpec", "Measured", "Measurements", "as_arguments", "capture", "measure_layer"]
 
 _SAME_SPARSITY = 0.01
 
@@ -65,7 +65,7 @@ def capture(model: nn.Module, example_input: object, layers: Iterable[nn.Module]
     Raises:
         SparsePropError: `example_input` is neither tensor, tuple nor dict, or the model fails on it.
     """
-    args, kwargs = _as_arguments(example_input)
+    args, kwargs = as_arguments(example_input)
     wanted = {id(layer) for layer in layers}
     specs: dict[int, InputSpec] = {}
     running: list[str] = []
@@ -144,7 +144,7 @@ def measure_layer(layer: nn.Module, name: str, spec: InputSpec, timer: Timer) ->
     return Measured(times.median_ms(best), times.median_ms("sparse"), times.ratio("sparse", best))
 
 
-def _as_arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_input, torch.Tensor):
         return (example_input,), {}
     if isinstance(example_input, Mapping):

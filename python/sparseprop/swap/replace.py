@@ -15,6 +15,7 @@ from sparseprop.nn import MaskedLayer, SparseLayer
 from sparseprop.semi_structured import SemiStructuredLinear
 from sparseprop.swap.cuda import CUDA, is_cuda, make_semi_structured, parse_cuda_pattern
 from sparseprop.swap.decide import Candidate, FilterFn, Target, check_model, shared_memory, survey
+from sparseprop.swap.fuse import unfuse
 from sparseprop.swap.kinds import sparse_from_dense
 from sparseprop.swap.plan import LayerPlan, SwapPlan
 from sparseprop.swap.planner import plan as make_plan
@@ -112,6 +113,8 @@ def swap_modules(
 def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Give every sparse layer of `model` its dense torch form back: the exact inverse of `swap_modules`.
 
+    Undoes `fuse` as well.
+
     Args:
         model: any eager module, swapped or not.
         inplace: change `model` itself (default), or leave it alone and return a changed copy.
@@ -137,7 +140,7 @@ def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
                 f"Sparse layer {name!r} shares memory with {shared[id(module)]!r}, its dense form would not; "
                 "give each layer its own parameters first."
             )
-    return replace_layers(model, sparse, lambda module, name: module.to_dense(), inplace=inplace)
+    return unfuse(replace_layers(model, sparse, lambda module, name: module.to_dense(), inplace=inplace))
 
 
 def replace_layers(

@@ -1,0 +1,15 @@
+"""Linear layers through the public module, forward and backward, beside dense torch."""
+
+from measure import layer_row, measured, record
+from shapes import linear_shapes, sparsities
+
+
+def pytest_generate_tests(metafunc):
+    form = metafunc.config.getoption("form")
+    cases = [(shape, s) for shape in linear_shapes(form) for s in sparsities("Linear", form)]
+    metafunc.parametrize(("shape", "sparsity"), cases, ids=[f"{shape}-{s:.1%}" for shape, s in cases])
+
+
+def test_linear(benchmark, shape, sparsity, form, effort, limits):
+    found = measured(shape, "Linear", form, effort)
+    record(benchmark, layer_row(found, sparsity, limits), found.steps[f"sparse {sparsity}"])

@@ -1,0 +1,159 @@
+// Backward: pack a chunk of grad_out, then walk the transposed pattern: input gradient and weight gradient together.
+#include <numeric>
+
+#include "run.h"
+
+namespace sparseprop {
+namespace {
+
+constexpr size_t kKeepScratch = size_t{64} << 20;
+
+// Columns are cut into `splits` ranges with a partial weight gradient each: a number that depends on the problem
+// alone, so that results do not depend on the thread count.
+int64_t column_splits(int64_t chunks, int64_t nnz, size_t element) {
+  const int64_t splits = chunks >= 8 ? 4 : chunks >= 2 ? 2 : 1;
+  return static_cast<size_t>(nnz) * element * splits <= (size_t{256} << 20) ? splits : 1;
+}
+
+template <class S, class A>
+class BackwardRun {
+ public:
+  BackwardRun(const Call<S, A>& call, TensorRef x, TensorRef grad_out, const Gradients<S>& grads, S* values_t, S* dots,
+              S* bias_sums, int64_t splits, int64_t groups)
+      : call_(call), x_(x), grad_out_(grad_out), grads_(grads), values_(values_t), dots_(dots), bias_sums_(bias_sums),
+        splits_(splits), groups_(groups), low_(call.low), plan_(call.low.schedule), grid_(call.low.grid) {
+    panel_at_ = pieces_.add<S>(plan_.panel_size);
+    const int64_t tile = low_.stream.max_part_rows() * plan_.chunk;
+    x_at_ = pieces_.add<S>(grads.values ? tile : 0);
+    grad_x_at_ = pieces_.add<S>(grads.in.data ? tile : 0);
+  }
+
+  size_t scratch_bytes() const { return pieces_.bytes(); }
+  int64_t tasks() const { return splits_ * groups_; }
+
+  void operator()(int64_t task, void* scratch) const {
+    const int64_t split = task / groups_, group = task % groups_;
+    const Range chunks = share(plan_.chunks, splits_, split);
+    const Range parts = share(static_cast<int64_t>(low_.stream.parts().size()), groups_, group);
+    S* panel = at<S>(scratch, panel_at_);
+    for (int64_t c = chunks.begin; c < chunks.end; ++c) {
+      const Columns columns = call_.chunk(c), padded = call_.padded(columns);
+      const Placement place = place_output(call_.sizes, grid_, grad_out_.strides);
+      pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grad_out_.data), 0, call_.layer.out_channels,
+           {padded.begin - grid_.max_shift, padded.end}, panel, plan_.panel);
+      if (bias_sums_ && group == 0) sum_bias(panel, padded.end - padded.begin, split);
+      if (!grads_.in.data && !grads_.values) continue;
+      for (int64_t p = parts.begin; p < parts.end; ++p) one_part(p, columns, padded, panel, scratch, split, c == chunks.begin);
+    }
+  }
+
+ private:
+  void sum_bias(const S* panel, int64_t width, int64_t split) const {
+    const int64_t rows = call_.layer.out_channels, step = plan_.panel.tile == plan_.panel.tile_pitch ? width : plan_.tile;
+    for (int64_t j = 0; j < width; j += step) {
+      call_.kernels().row_sums(bias_sums_ + split * rows, panel + plan_.panel.at(j) + grid_.max_shift,
+                               plan_.panel.row_pitch, rows, std::min(step, width - j));
+    }
+  }
+
+  void one_part(int64_t p, Columns columns, Columns padded, const S* panel, void* scratch, int64_t split, bool fresh) const {
+    const Stream& stream = low_.stream;
+    const Stream::Part part = stream.parts()[p];
+    const int64_t phases = static_cast<int64_t>(grid_.phases.size()), width = padded.end - padded.begin;
+    const int64_t channel = part.row / phases, channels = part.rows / phases;
+    S* x = grads_.values ? at<S>(scratch, x_at_) : nullptr;
+    S* grad_x = grads_.in.data ? at<S>(scratch, grad_x_at_) : nullptr;
+    const PanelShape rows = {plan_.chunk * phases, plan_.tile, plan_.tile};
+    for (int64_t f = 0; x && f < phases; ++f) {
+      const Placement place = place_input(call_.layer, call_.sizes, grid_, x_.strides, grid_.phases[f]);
+      pack<A, S>(call_.table, grid_, place, static_cast<const A*>(x_.data), channel, channels, padded,
+           x + f * plan_.chunk, rows);
+    }
+    for (int64_t j = 0; j < width; j += plan_.tile) {
+      const int64_t vectors = call_.lane_groups(std::min(plan_.tile, width - j));
+      for (int64_t b = 0; b < stream.blocks(); ++b) {
+        S* dots = x ? dots_ + split * stream.nnz() + stream.first_nonzero(p, b) : nullptr;
+        call_.kernels().backward[vectors - 1](
+            {stream.block(p, b), values_, panel + plan_.panel.at(j) + stream.panel_row(b) * plan_.panel.row_pitch,
+             plan_.stream.unit_log2, x ? x + j : nullptr, grad_x ? grad_x + j : nullptr, plan_.chunk, dots,
+             !fresh || j > 0});
+      }
+    }
+    if (!grad_x) return;
+    for (int64_t f = 0; f < phases; ++f) store_grad(grid_.phases[f], grad_x + f * plan_.chunk, channel, channels, columns);
+    if (grid_.idle_phases.empty()) return;
+    std::fill_n(grad_x, channels * plan_.chunk * phases, S(0));  // inputs that the kernel strides over
+    for (const Triple& phase : grid_.idle_phases) store_grad(phase, grad_x, channel, channels, columns);
+  }
+
+  void store_grad(const Triple& phase, const S* rows, int64_t channel, int64_t channels, Columns columns) const {
+    const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.in.strides, phase);
+    unpack<S, A>(call_.table, grid_, place, static_cast<A*>(grads_.in.data), channel, channels, columns, rows,
+           plan_.chunk * static_cast<int64_t>(grid_.phases.size()));
+  }
+
+  const Call<S, A>& call_;
+  TensorRef x_, grad_out_;
+  const Gradients<S>& grads_;
+  const S* values_;
+  S *dots_, *bias_sums_;
+  int64_t splits_, groups_;
+  const Lowered& low_;
+  const Schedule& plan_;
+  const Grid& grid_;
+  Pieces pieces_;
+  size_t panel_at_, x_at_, grad_x_at_;
+};
+
+}  // namespace
+
+template <class S, class A>
+void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRef grad_out, const Gradients<S>& grads,
+                  bool parallel) {
+  const Stream& stream = call.low.stream;
+  const int64_t nnz = stream.nnz(), threads = parallel ? omp_get_max_threads() : 1, rows = call.layer.out_channels;
+  const int64_t splits = column_splits(call.low.schedule.chunks, nnz, sizeof(S));
+  const int64_t groups = std::min<int64_t>(threads / std::gcd(splits, threads),
+                                           std::max<size_t>(1, stream.parts().size()));
+  Pieces pieces;
+  const size_t values_at = pieces.add<S>(nnz), dots_at = pieces.add<S>(grads.values ? nnz * splits : 0),
+               bias_at = pieces.add<S>(rows * splits);
+  void* scratch = call_arena().reserve(pieces.bytes());
+  if (scratch == nullptr) throw std::bad_alloc();
+  S* values_t = at<S>(scratch, values_at);
+  S* dots = at<S>(scratch, dots_at);
+  S* bias_sums = grads.bias ? at<S>(scratch, bias_at) : nullptr;
+  if (bias_sums) std::fill_n(bias_sums, rows * splits, S(0));
+  const uint32_t* permutation = stream.permutation().data();
+  const int64_t slices = parallel && nnz > (1 << 15) ? threads : 1;
+  if (grads.in.data) {
+    run_tasks(slices, true, 64, [&](int64_t i, void*) {
+      const Range r = share(nnz, slices, i);
+      call.kernels().gather(values_t + r.begin, values, permutation + r.begin, r.end - r.begin);
+    });
+  }
+  const BackwardRun<S, A> run(call, x, grad_out, grads, values_t, dots, bias_sums, splits, groups);
+  run_tasks(run.tasks(), parallel, run.scratch_bytes(), run);
+  if (grads.values) {
+    run_tasks(slices, true, 64, [&](int64_t i, void*) {
+      const Range r = share(nnz, slices, i);
+      for (int64_t k = r.begin; k < r.end; ++k) {
+        S sum = dots[k];
+        for (int64_t s = 1; s < splits; ++s) sum += dots[s * nnz + k];
+        grads.values[permutation[k]] = sum;
+      }
+    });
+  }
+  for (int64_t o = 0; grads.bias && o < rows; ++o) {
+    S sum = bias_sums[o];
+    for (int64_t s = 1; s < splits; ++s) sum += bias_sums[s * rows + o];
+    grads.bias[o] = sum;
+  }
+  call_arena().trim(kKeepScratch);
+}
+
+template void run_backward(const Call<float, float>&, TensorRef, const float*, TensorRef, const Gradients<float>&, bool);
+template void run_backward(const Call<double, double>&, TensorRef, const double*, TensorRef, const Gradients<double>&, bool);
+template void run_backward(const Call<float, bf16>&, TensorRef, const float*, TensorRef, const Gradients<float>&, bool);
+
+}  // namespace sparseprop

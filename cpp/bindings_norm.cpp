@@ -1,0 +1,66 @@
+// Batch norm for Python: contiguous tensors come as addresses, checked by the caller.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "norm.h"
+
+namespace py = pybind11;
+
+namespace sparseprop {
+namespace {
+
+template <class S>
+S* pointer(uintptr_t address) { return reinterpret_cast<S*>(address); }
+
+NormShape shaped(int64_t outer, int64_t channels, int64_t inner, double cap) {
+  if (outer < 1 || channels < 1 || inner < 1) throw std::invalid_argument("batch norm needs at least one element");
+  return {outer, channels, inner, cap};
+}
+
+template <class S>
+void forward(NormShape shape, bool training, double eps, uintptr_t x, uintptr_t residual, uintptr_t gamma,
+             uintptr_t beta, uintptr_t mean, uintptr_t inv_std, uintptr_t variance, uintptr_t out) {
+  norm_forward<S>(shape, {pointer<S>(x), pointer<S>(residual), pointer<S>(gamma), pointer<S>(beta), pointer<S>(mean),
+                          pointer<S>(inv_std), pointer<S>(variance), pointer<S>(out), training, eps});
+}
+
+template <class S>
+void backward(NormShape shape, bool training, uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t gamma,
+              uintptr_t beta, uintptr_t mean, uintptr_t inv_std, uintptr_t grad_x, uintptr_t grad_residual,
+              uintptr_t grad_gamma, uintptr_t grad_beta) {
+  norm_backward<S>(shape, {pointer<S>(grad), pointer<S>(x), pointer<S>(out), pointer<S>(gamma), pointer<S>(beta),
+                           pointer<S>(mean), pointer<S>(inv_std), pointer<S>(grad_x), pointer<S>(grad_residual),
+                           pointer<S>(grad_gamma), pointer<S>(grad_beta), training});
+}
+
+}  // namespace
+}  // namespace sparseprop
+
+void bind_norm(py::module_& m) {
+  using namespace sparseprop;
+  m.def("norm_forward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, double cap, bool training,
+                           double eps, uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta,
+                           uintptr_t mean, uintptr_t inv_std, uintptr_t variance, uintptr_t out) {
+    const NormShape shape = shaped(outer, channels, inner, cap);
+    const py::gil_scoped_release release;
+    (wide ? forward<double> : forward<float>)(shape, training, eps, x, residual, gamma, beta, mean, inv_std, variance, out);
+  },
+      py::arg("wide"), py::arg("outer"), py::arg("channels"), py::arg("inner"), py::arg("cap"),
+      py::arg("training"), py::arg("eps"), py::arg("x"), py::arg("residual"), py::arg("gamma"),
+      py::arg("beta"), py::arg("mean"), py::arg("inv_std"), py::arg("variance"), py::arg("out"));
+  m.def("norm_backward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, double cap, bool training,
+                            uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t gamma, uintptr_t beta,
+                            uintptr_t mean, uintptr_t inv_std, uintptr_t grad_x, uintptr_t grad_residual,
+                            uintptr_t grad_gamma, uintptr_t grad_beta) {
+    const NormShape shape = shaped(outer, channels, inner, cap);
+    const py::gil_scoped_release release;
+    (wide ? backward<double> : backward<float>)(shape, training, grad, x, out, gamma, beta, mean, inv_std, grad_x,
+                                                grad_residual, grad_gamma, grad_beta);
+  },
+      py::arg("wide"), py::arg("outer"), py::arg("channels"), py::arg("inner"), py::arg("cap"),
+      py::arg("training"), py::arg("grad"), py::arg("x"), py::arg("out"), py::arg("gamma"), py::arg("beta"),
+      py::arg("mean"), py::arg("inv_std"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_gamma"),
+      py::arg("grad_beta"));
+}

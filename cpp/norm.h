@@ -1,0 +1,37 @@
+// Batch norm fused with a residual addition and ReLU, forward and backward, in the layout of its input.
+#pragma once
+#include <cstdint>
+
+namespace sparseprop {
+
+// An activation as (outer, channels, inner), inner contiguous: planes of one channel. inner == 1 is channels-last.
+struct NormShape {
+  int64_t outer, channels, inner;
+  double cap;  // of the activation: 0 none, infinity ReLU, 6 ReLU6
+};
+
+// All of one type S (float or double). `mean`, `inv_std` and `variance` (unbiased) are written if `training`;
+// otherwise the first two are read.
+template <class S>
+struct NormForward {
+  const S *x, *residual, *gamma, *beta;
+  S *mean, *inv_std, *variance, *out;
+  bool training;
+  double eps;
+};
+
+// `out` of the forward pass is needed for a ReLU after an addition only. Any of the results may be null, but
+// `grad_residual` if there was a residual before a ReLU.
+template <class S>
+struct NormBackward {
+  const S *grad, *x, *out, *gamma, *beta, *mean, *inv_std;
+  S *grad_x, *grad_residual, *grad_gamma, *grad_beta;
+  bool training;
+};
+
+template <class S>
+void norm_forward(const NormShape& shape, const NormForward<S>& call);
+template <class S>
+void norm_backward(const NormShape& shape, const NormBackward<S>& call);
+
+}  // namespace sparseprop

@@ -1,0 +1,107 @@
+"""Batch norm that runs in any layout of a network and takes a ReLU, or an addition and a ReLU, along.
+
+They are torch's modules in all but `forward`: a module becomes one, or torch's again, by its class alone. So
+parameters, buffers, names, hooks and `isinstance` stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparseprop.ops.norm import NormSpec, batch_norm
+
+__all__ = [
+    "NATIVE_NORMS",
+    "PASSING",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "NativeNorm",
+    "PassingReLU",
+    "PassingReLU6",
+]
+
+_DONE = "_sparseprop_relu_done"
+
+
+class NativeNorm(nn.modules.batchnorm._BatchNorm):
+    """Base of the three; `cap` tells the activation that follows and is applied at once: see `NormSpec`."""
+
+    cap = 0.0
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`batch_norm(input)`, plus `residual`, through the activation if there is one."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        track = self.training and self.track_running_stats
+        # A ReLU that cannot be marked as done is left to the module behind: two of them are as good as one,
+        # but the second may work in place, on what the first has kept for its backward pass.
+        can_mark = type(input) is Tensor and not torch.compiler.is_compiling()
+        spec = NormSpec(training, self._count() if track else 0.0, self.eps, self.cap if can_mark else 0.0)
+        statistics = (self.running_mean, self.running_var)
+        running = statistics if track or not training else (None, None)
+        out = batch_norm(input, running, self.weight, self.bias, spec, residual)
+        if self.cap and can_mark:
+            setattr(out, _DONE, True)
+        return out
+
+    def _count(self) -> float:
+        """Note one more batch; the share it has in the running statistics."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
+
+
+class BatchNorm1d(NativeNorm, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d`, faster on the CPU."""
+
+
+class BatchNorm2d(NativeNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, faster on the CPU.
+
+    >>> BatchNorm2d(3)(torch.ones(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+
+class BatchNorm3d(NativeNorm, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d`, faster on the CPU."""
+
+
+class _Passing(nn.Module):
+    """Lets through what a batch norm has put through this activation already.
+
+    It matters for nothing but time: a second ReLU changes neither values nor gradients.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The activation of `input`."""
+        if not torch.compiler.is_compiling() and hasattr(input, _DONE):
+            delattr(input, _DONE)
+            return input
+        return cast(Tensor, super().forward(input))
+
+
+class PassingReLU(_Passing, nn.ReLU):
+    """`torch.nn.ReLU` behind a batch norm."""
+
+
+class PassingReLU6(_Passing, nn.ReLU6):
+    """`torch.nn.ReLU6` behind a batch norm."""
+
+
+NATIVE_NORMS: dict[type[nn.Module], Any] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+# the activations that a batch norm can take along: what they become, and where they stop
+PASSING: dict[type[nn.Module], tuple[Any, float]] = {
+    nn.ReLU: (PassingReLU, torch.inf),
+    nn.ReLU6: (PassingReLU6, 6.0),
+}

@@ -1,0 +1,206 @@
+"""Batch norm with an addition and a ReLU after it, in one pass where torch needs three; any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
+from torch.nn import functional
+
+__all__ = ["NormSpec", "batch_norm"]
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """What a batch norm does.
+
+    Attributes:
+        training: normalize by the statistics of the batch, else by the running ones.
+        momentum: share of the batch in the running statistics; 0 leaves them alone.
+        eps: added to the variance.
+        cap: of the activation applied to the result: 0 none, infinity ReLU, 6 ReLU6.
+    """
+
+    training: bool
+    momentum: float = 0.1
+    eps: float = 1e-5
+    cap: float = 0.0
+
+
+def batch_norm(
+    x: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    spec: NormSpec,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`activation(batch_norm(x) + residual)`, each of the two if asked for; updates running statistics.
+
+    `x` is (N, C, ...), float32 or float64 on the CPU in one of the layouts contiguous, channels-last and
+    batch-last, which the result keeps; all else is left to torch's functions. `residual` has its shape.
+
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> batch_norm(x, (None, None), None, None, NormSpec(training=True, cap=torch.inf, eps=0.0))
+    tensor([[0.],
+            [1.]])
+    """
+    shape = _shape(x)
+    if shape is None or not _native(x, shape, running, weight, bias, spec, residual):
+        return _by_torch(x, running, weight, bias, spec, residual)
+    if residual is not None:
+        residual = _like(residual, x)
+    if torch.is_grad_enabled():
+        return _apply(x, weight, bias, residual, running, spec, shape)
+    return _forward(x, weight, bias, residual, running, spec, shape)[0]
+
+
+def _by_torch(
+    x: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    spec: NormSpec,
+    residual: Tensor | None,
+) -> Tensor:
+    y = functional.batch_norm(x, *running, weight, bias, spec.training, spec.momentum, spec.eps)
+    if residual is not None:
+        y = y + residual
+    if spec.cap in (0.0, torch.inf):
+        return functional.relu(y) if spec.cap else y
+    return functional.hardtanh(y, 0.0, spec.cap)
+
+
+Shape = tuple[int, int, int]
+
+
+def _shape(x: Tensor) -> Shape | None:
+    """`x` as (outer, channels, inner) with contiguous inner, None if its layout is another one."""
+    if x.dim() < 2 or not x.numel():
+        return None
+    batch, channels = x.shape[:2]
+    inner = x[0, 0].numel()
+    if x.is_contiguous():
+        return batch, channels, inner
+    dims = tuple(range(2, x.dim()))
+    if x.permute(0, *dims, 1).is_contiguous():
+        return batch * inner, channels, 1
+    return (1, channels, inner * batch) if x.permute(1, *dims, 0).is_contiguous() else None
+
+
+def _native(
+    x: Tensor, shape: Shape, running: Any, weight: Any, bias: Any, spec: NormSpec, residual: Any
+) -> bool:
+    """Whether the kernel can do what is asked for, and torch would not refuse it."""
+    from sparseprop import backend
+
+    per_channel = [t for t in (*running, weight, bias) if t is not None]
+    tensors = [x, *per_channel] if residual is None else [x, residual, *per_channel]
+    return (
+        backend.name == "native"
+        and not is_compiling()
+        and forward_ad._current_level < 0
+        and x.dtype in _DTYPES
+        and all(type(t) in _PLAIN_TYPES and t.dtype is x.dtype and t.is_cpu for t in tensors)
+        and all(t.shape == (shape[1],) and t.is_contiguous() for t in per_channel)
+        and (residual is None or residual.shape == x.shape)
+        and (running[0] is None) == (running[1] is None)
+        and (shape[0] * shape[2] > 1 if spec.training else running[0] is not None)
+    )
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """`tensor` in the layout of `x`."""
+    if tensor.stride() == x.stride() and not tensor.is_neg():
+        return tensor
+    return torch.empty_like(x).copy_(tensor)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _forward(
+    x: Tensor, weight: Any, bias: Any, residual: Any, running: Any, spec: NormSpec, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    from sparseprop import _native as native
+
+    x = x.resolve_neg()
+    out = torch.empty_like(x)
+    variance = None
+    if spec.training:
+        mean, inv_std, variance = x.new_empty(3, shape[1]).unbind()
+    else:
+        mean, inv_std = running[0].detach(), (running[1].detach() + spec.eps).rsqrt()
+    native.norm_forward(
+        x.dtype is torch.float64, *shape, spec.cap, spec.training, spec.eps,
+        x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias),
+        mean.data_ptr(), inv_std.data_ptr(), _pointer(variance), out.data_ptr(),
+    )  # fmt: skip
+    if variance is not None and running[0] is not None and spec.momentum:
+        with torch.no_grad():
+            for kept, new in zip(running, (mean, variance), strict=True):
+                kept.mul_(1 - spec.momentum).add_(new, alpha=spec.momentum)
+    return out, mean, inv_std
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, running: Any, spec: NormSpec, shape: Shape
+    ) -> Tensor:
+        out, mean, inv_std = _forward(x, weight, bias, residual, running, spec, shape)
+        needs = ctx.needs_input_grad[:4]
+        signs = out if spec.cap and residual is not None and any(needs) else None
+        if not spec.training:
+            mean = mean.clone()  # the running mean may have moved on before the backward pass
+        ctx.save_for_backward(x, weight, bias, residual, mean, inv_std, signs)
+        ctx.spec, ctx.shape = spec, shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, residual, mean, inv_std, signs = ctx.saved_tensors
+        needs, spec = ctx.needs_input_grad[:4], ctx.spec
+        if torch.is_grad_enabled():
+            tensors = [t for t, need in zip((x, weight, bias, residual), needs, strict=True) if need]
+            running = (None, None) if spec.training else (mean, inv_std**-2 - spec.eps)
+            with torch.enable_grad():
+                again = _by_torch(x, running, weight, bias, spec, residual)
+                found = iter(torch.autograd.grad(again, tensors, grad, create_graph=True))
+            return (*(next(found) if need else None for need in needs), None, None, None)
+        return (*_backward(_like(grad, x), ctx, x, weight, bias, mean, inv_std, signs), None, None, None)
+
+
+_apply = cast("Callable[..., Tensor]", _BatchNorm.apply)
+
+
+def _backward(
+    grad: Tensor, ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Tensor, inv_std: Tensor, signs: Any
+) -> tuple[Tensor | None, ...]:
+    from sparseprop import _native as native
+
+    for_x, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
+    spec: NormSpec = ctx.spec
+    shape: Shape = ctx.shape
+    x = x.resolve_neg()
+    grad_x = torch.empty_like(x) if for_x else None
+    # after a ReLU the gradient of the residual is that of the sum, which the kernel needs in any case
+    masked = torch.empty_like(x) if signs is not None else None
+    grad_weight = x.new_empty(shape[1]) if for_weight else None
+    grad_bias = x.new_empty(shape[1]) if for_bias else None
+    native.norm_backward(
+        x.dtype is torch.float64, *shape, spec.cap, spec.training, grad.data_ptr(), x.data_ptr(),
+        _pointer(signs), _pointer(weight), _pointer(bias), mean.data_ptr(), inv_std.data_ptr(),
+        _pointer(grad_x), _pointer(masked), _pointer(grad_weight), _pointer(grad_bias),
+    )  # fmt: skip
+    grad_residual = (masked if masked is not None else grad) if for_residual else None
+    return grad_x, grad_weight, grad_bias, grad_residual

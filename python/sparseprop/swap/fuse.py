@@ -1,0 +1,153 @@
+"""Make what lies between the sparse layers cheaper: native batch norm, with the ReLU behind it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import fx, nn
+
+from sparseprop.errors import SparsePropError
+from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
+from sparseprop.swap.decide import check_model
+
+__all__ = ["Fusion", "fuse", "plan_fusion", "unfuse"]
+
+_TORCH_NORMS = {native: torch_class for torch_class, native in NATIVE_NORMS.items()}
+_TORCH_RELUS = {passing: torch_class for torch_class, (passing, _) in PASSING.items()}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What becomes of one batch norm.
+
+    Attributes:
+        name: of the batch norm in ``model.named_modules()``.
+        relu: name of the ReLU or ReLU6 that it takes along, None if none.
+        native: whether it becomes native at all.
+        reason: why no ReLU, or nothing at all, in a few words; "" if both.
+    """
+
+    name: str
+    relu: str | None
+    native: bool
+    reason: str
+
+
+def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
+    """Which batch norms of `model` can become native, and which can take the ReLU behind them along.
+
+    A ReLU is found by tracing (`torch.fx`), in the model's training mode as it is. A model that cannot be
+    traced still gets native batch norms. Changes nothing.
+
+    >>> plan_fusion(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))
+    (Fusion(name='0', relu='1', native=True, reason=''),)
+    """
+    check_model(model, "fuse")
+    relus, why_not = _following_relus(model)
+    plan = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, NativeNorm):
+            continue
+        if type(module) not in NATIVE_NORMS or "forward" in vars(module):
+            plan.append(Fusion(name, None, False, f"{type(module).__name__} is not torch's own batch norm"))
+        elif name not in relus:
+            plan.append(Fusion(name, None, True, why_not or "no ReLU module alone behind it"))
+        elif any(getattr(m, kind) for m in (module, model.get_submodule(relus[name])) for kind in _HOOKS):
+            plan.append(Fusion(name, None, True, "hooks between it and its ReLU"))
+        else:
+            plan.append(Fusion(name, relus[name], True, ""))
+    return tuple(plan)
+
+
+def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
+    """Make the batch norms of `model` native, together with the ReLU behind each, as `plan_fusion` says.
+
+    Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
+    parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse.
+
+    Args:
+        model: any eager module, swapped or not.
+        inplace: change `model` itself (default), or leave it alone and return a changed copy.
+
+    >>> model = fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    >>> model[1].cap, isinstance(model[1], nn.BatchNorm2d)
+    (inf, True)
+    """
+    plan = plan_fusion(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    for fusion in plan:
+        if not fusion.native:
+            continue
+        norm = modules[fusion.name]
+        norm.__class__ = NATIVE_NORMS[type(norm)]
+        if fusion.relu is not None:
+            relu = modules[fusion.relu]
+            kind = _TORCH_RELUS.get(
+                type(relu), type(relu)
+            )  # one that serves several batch norms is passing by now
+            relu.__class__, cap = PASSING[kind]
+            norm.cap = cap
+    return model
+
+
+def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
+    """Give every module that `fuse` changed its torch class back.
+
+    >>> type(unfuse(fuse(nn.Sequential(nn.BatchNorm1d(4))))[0]) is nn.BatchNorm1d
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise SparsePropError(f"unfuse expects a torch.nn.Module, got {type(model).__name__}.")
+    if not inplace:
+        model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module) in _TORCH_NORMS:
+            vars(module).pop("cap", None)
+            module.__class__ = _TORCH_NORMS[type(module)]
+        elif type(module) in _TORCH_RELUS:
+            module.__class__ = _TORCH_RELUS[type(module)]
+    return model
+
+
+class _Tracer(fx.Tracer):
+    """Looks into everything but torch's and our own layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m.__module__.startswith("sparseprop.") or super().is_leaf_module(m, module_qualified_name)
+
+
+def _following_relus(model: nn.Module) -> tuple[Mapping[str, str], str]:
+    """For each batch norm, in all its calls followed by one ReLU module alone, the name of that module."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever the model's code raises when it meets a proxy
+        return {}, f"torch.fx cannot trace the model: {type(error).__name__}"
+    finally:
+        for module, flag in flags:
+            module.training = flag
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, set[str | None]] = {}
+    for node, norm in _calls(graph, model):
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            users = list(node.users)
+            after = dict(_calls(users, model)).get(users[0]) if len(users) == 1 else None
+            is_relu = type(after) in PASSING or type(after) in _TORCH_RELUS
+            found.setdefault(names[id(norm)], set()).add(names[id(after)] if is_relu else None)
+    return {
+        norm: cast(str, next(iter(relus)))
+        for norm, relus in found.items()
+        if len(relus) == 1 and None not in relus
+    }, ""
+
+
+def _calls(nodes: Any, model: nn.Module) -> Iterator[tuple[fx.Node, nn.Module]]:
+    for node in getattr(nodes, "nodes", nodes):
+        if node.op == "call_module":
+            yield node, model.get_submodule(node.target)

@@ -1,0 +1,341 @@
+"""Native batch norm, alone and with what follows it: results, gradients, layouts, fusion of models."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import sparseprop
+from checks import running
+from sparseprop import SparsePropError, fuse, plan_fusion, unfuse
+from sparseprop.backend import available_isas
+from sparseprop.nn.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, PassingReLU6
+from sparseprop.ops.norm import NormSpec, batch_norm
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "strided": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
+}
+SHAPES = [
+    (2, 1, 1, 1), (2, 3, 1, 1), (3, 7, 2, 1), (2, 16, 3, 5), (5, 17, 4, 4), (40, 9, 1, 3), (1, 33, 7, 9),
+    (3, 65, 8, 8),
+]  # fmt: skip
+
+
+def tensors(shape, layout, dtype=torch.float64):
+    make = torch.Generator().manual_seed(3)
+    x, grad, residual = (
+        LAYOUTS[layout](torch.randn(shape, generator=make, dtype=torch.float64) + offset).to(dtype)
+        for offset in (3.0, 0.0, 0.0)
+    )
+    channels = [torch.randn(shape[1], generator=make, dtype=torch.float64).to(dtype) for _ in range(3)]
+    running = (channels[2].clone(), torch.rand(shape[1], generator=make, dtype=torch.float64).to(dtype) + 0.5)
+    return x, grad, residual, channels[0], channels[1], running
+
+
+def ours_and_torchs(case, spec, *, with_residual):
+    """Output, running statistics and gradients of both, by name."""
+    x, grad, residual, weight, bias, running = case
+    found = []
+    for native in (True, False):
+        leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, weight, bias, residual)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        kept = tuple(t.clone() for t in running)
+        mine, w, b, r = leaves
+        if native:
+            out = batch_norm(mine, kept, w, b, spec, r if with_residual else None)
+        else:
+            out = functional.batch_norm(mine, *kept, w, b, spec.training, spec.momentum, spec.eps)
+            out = out + r if with_residual else out
+            if spec.cap:
+                out = (
+                    functional.relu(out) if spec.cap == torch.inf else functional.hardtanh(out, 0.0, spec.cap)
+                )
+        wanted = leaves if with_residual else leaves[:3]
+        grads = torch.autograd.grad(out, wanted, grad)
+        found.append((out.detach(), *kept, *grads))
+    return found
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_gradients_and_statistics_are_torchs(isa, shape, layout):
+    case = tensors(shape, layout)
+    with running(isa):
+        for cap in (0.0, torch.inf, 1.5):
+            for training in (False, True):
+                for with_residual in (False, True):
+                    spec = NormSpec(training, 0.3, 1e-3, cap)
+                    ours, theirs = ours_and_torchs(case, spec, with_residual=with_residual)
+                    for one, other in zip(ours, theirs, strict=True):
+                        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_last"])
+def test_float32_is_as_exact_as_torchs(isa, layout):
+    wide = tensors((4, 20, 13, 13), layout)
+    narrow = tensors((4, 20, 13, 13), layout, torch.float32)
+    spec = NormSpec(True)
+    with running(isa):
+        ours, theirs = ours_and_torchs(narrow, spec, with_residual=False)
+    exact = ours_and_torchs(wide, spec, with_residual=False)[1]
+    for one, other, truth in zip(ours, theirs, exact, strict=True):
+        size = truth.abs().max()
+        assert (one - truth).abs().max() <= 2 * (other - truth).abs().max() + 1e-6 * size
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_last"])
+def test_the_layout_is_handed_on_both_ways(layout):
+    x, grad, *_ = tensors((4, 5, 3, 3), layout, torch.float32)
+    out = batch_norm(x.requires_grad_(), (None, None), None, None, NormSpec(True))
+    (grad_x,) = torch.autograd.grad(out, x, grad.contiguous())
+    assert out.stride() == grad_x.stride() == x.stride()
+
+
+def test_results_do_not_depend_on_the_number_of_threads(two_threads):
+    for layout in ("contiguous", "channels_last"):
+        case = tensors((4, 24, 28, 28), layout, torch.float32)
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(ours_and_torchs(case, NormSpec(True, cap=torch.inf), with_residual=True)[0])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives(training):
+    x, _, residual, weight, bias, kept = tensors((3, 2, 2, 2), "contiguous")
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
+    spec = NormSpec(training, 0.0, cap=torch.inf)
+    call = lambda x, w, b, r: batch_norm(x, kept, w, b, spec, r)  # noqa: E731
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_nan_and_infinity_behave_as_in_torch():
+    x, grad, residual, weight, bias, kept = tensors((2, 3, 4, 4), "contiguous", torch.float32)
+    x[0, 0, 0, 0], x[1, 1, 2, 2] = float("nan"), float("inf")
+    case = (x, grad, residual, weight, bias, kept)
+    ours, theirs = ours_and_torchs(case, NormSpec(False, cap=torch.inf), with_residual=False)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_only_wanted_gradients_are_made():
+    x, grad, _, weight, bias, kept = tensors((2, 3, 4, 4), "contiguous")
+    weight.requires_grad_()
+    batch_norm(x, kept, weight, bias, NormSpec(True, cap=torch.inf)).backward(grad)
+    assert weight.grad is not None
+    assert x.grad is bias.grad is None
+
+
+MODULES = [
+    (BatchNorm1d, nn.BatchNorm1d, (6, 5)),
+    (BatchNorm1d, nn.BatchNorm1d, (6, 5, 9)),
+    (BatchNorm2d, nn.BatchNorm2d, (3, 5, 4, 4)),
+    (BatchNorm3d, nn.BatchNorm3d, (3, 5, 2, 3, 4)),
+]
+OPTIONS = [
+    {}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}, {"eps": 0.1, "momentum": 0.5}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("native", "usual", "shape"), MODULES)
+def test_modules_behave_as_torchs_in_training_and_evaluation(native, usual, shape, options):
+    ours, theirs = native(5, **options).double(), usual(5, **options).double()
+    for training in (True, True, False, True):
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
+    for one, other in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_inputs_that_torch_refuses_are_refused():
+    for x, message in (
+        (torch.ones(1, 3, 1, 1), "more than 1 value"),
+        (torch.ones(2, 3), "expected 4D input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BatchNorm2d(3)(x)
+    with pytest.raises(RuntimeError, match=r"running_mean should contain 4"):
+        BatchNorm2d(3)(torch.ones(2, 4, 2, 2))
+
+
+def test_bfloat16_under_autocast_and_no_grad():
+    layer, x = BatchNorm2d(3), torch.randn(2, 3, 4, 4)
+    with torch.autocast("cpu"):
+        assert layer(x.bfloat16()).dtype is torch.bfloat16
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+    with torch.inference_mode():
+        torch.testing.assert_close(layer.eval()(x), nn.BatchNorm2d.forward(layer, x))
+
+
+class Block(nn.Module):
+    """One ReLU module after two batch norms and after an addition, as in a ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3))
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(8) for _ in range(3))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.relu(self.bn3(self.conv3(y)) + x)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), Block()).double()
+
+
+def test_the_plan_says_what_is_fused_and_why_not():
+    plan = {fusion.name: fusion for fusion in plan_fusion(network())}
+    assert {name: fusion.relu for name, fusion in plan.items()} == {
+        "0.bn1": "0.relu", "0.bn2": "0.relu", "0.bn3": None, "1": "2",
+        "3.bn1": "3.relu", "3.bn2": "3.relu", "3.bn3": None,
+    }  # fmt: skip
+    assert plan["0.bn3"].reason == "no ReLU module alone behind it"
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm1d(4), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.bn(x)) if x.sum() > 0 else self.bn(x)
+
+
+class Reused(Branching):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.relu(self.bn(x)))
+
+
+class TwoUsers(Branching):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn(x)
+        return self.relu(y) + y
+
+
+class OwnNorm(nn.BatchNorm1d):
+    pass
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+UNFUSED = [
+    (Branching, "cannot trace the model: TraceError", True),
+    (Reused, "no ReLU module alone behind it", True),
+    (TwoUsers, "no ReLU module alone behind it", True),
+    (hooked, "hooks between it and its ReLU", True),
+    (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.SiLU()), "no ReLU module alone behind it", True),
+    (lambda: nn.Sequential(OwnNorm(4), nn.ReLU()), "OwnNorm is not torch's own batch norm", False),
+]
+
+
+@pytest.mark.parametrize(("make", "reason", "native"), UNFUSED)
+def test_what_cannot_be_fused_is_left_with_a_reason(make, reason, native):
+    model = make()
+    (fusion,) = plan_fusion(model)
+    assert (fusion.relu, fusion.native) == (None, native)
+    assert reason in fusion.reason
+    x = torch.randn(6, 4)
+    expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(fuse(model)(x), expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_last"])
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+def test_a_fused_model_trains_like_its_origin(mode, layout):
+    plain, fused = network(), fuse(network())
+    for model in (plain, fused):
+        model.train(mode != "eval")
+        for norm in model.modules():
+            if mode == "frozen" and isinstance(norm, nn.BatchNorm2d):
+                norm.eval().requires_grad_(False)
+    optimizers = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1, 0.9) for m in (plain, fused)
+    ]
+    for step in range(3):
+        make = torch.Generator().manual_seed(step)
+        x = LAYOUTS[layout](torch.randn(4, 8, 6, 6, dtype=torch.float64, generator=make))
+        outputs = []
+        for model, optimizer in zip((plain, fused), optimizers, strict=True):
+            optimizer.zero_grad()
+            outputs.append(model(x))
+            outputs[-1].square().mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(*outputs)
+    for one, other in zip(plain.state_dict().values(), fused.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_fusing_changes_classes_only_and_unfusing_undoes_it():
+    model = network()
+    model[1].register_forward_hook(lambda *_: None)
+    parameters, kinds = list(model.parameters()), [type(m) for m in model.modules()]
+    assert fuse(model) is model
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+    assert list(model.state_dict()) == list(network().state_dict())
+    assert isinstance(model[1], nn.BatchNorm2d)
+    assert len(model[1]._forward_hooks) == 1
+    again = pickle.loads(pickle.dumps(unfuse(fuse(copy.deepcopy(network())), inplace=False)))
+    assert [type(m) for m in again.modules()] == kinds
+    fuse(model)  # twice is once
+    assert [type(m) for m in unfuse(model).modules()] == kinds
+    assert vars(model[3].bn1).keys() == vars(network()[3].bn1).keys()
+
+
+def test_to_dense_gives_torchs_modules_back():
+    dense = network()
+    swapped = fuse(sparseprop.swap_modules(dense, min_sparsity=0.0, inplace=False))
+    assert isinstance(swapped[2], PassingReLU6)
+    assert [type(m) for m in sparseprop.to_dense(swapped).modules()] == [type(m) for m in dense.modules()]
+
+
+def test_autocast_trains_a_fused_model_with_relus_in_place():
+    plain, fused = network().float(), fuse(network().float())
+    x, grads = torch.randn(4, 8, 6, 6), []
+    for model in (plain, fused):
+        with torch.autocast("cpu"):
+            loss = model(x).float().square().mean()
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.01)
+
+
+def test_a_copy_is_fused_if_asked_for():
+    model = network()
+    fused = fuse(model, inplace=False)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert type(fused[1]) is BatchNorm2d
+
+
+def test_a_compiled_fused_model_agrees():
+    plain, fused = network(), fuse(network())
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 8, 6, 6, dtype=torch.float64)
+    outputs = [model(x) for model in (plain, compiled)]
+    torch.testing.assert_close(*outputs)
+
+
+def test_refusals():
+    with pytest.raises(SparsePropError, match=r"fuse expects a torch\.nn\.Module, got int"):
+        fuse(3)
+    with pytest.raises(SparsePropError, match=r"unfuse expects a torch\.nn\.Module, got int"):
+        unfuse(3)
