@@ -129,7 +129,7 @@ def bench(name: str, net: Net, sparsity: float, options: argparse.Namespace) -> 
     torch.manual_seed(0)
     timed = functools.partial(
         compare,
-        budget_s=5.0 if options.short else 60.0,
+        budget_s=20.0 if options.short else 120.0,
         min_rounds=3 if options.short else 5,
         max_rounds=5 if options.short else 15,
         clock=time.process_time if options.cpu_time else time.perf_counter,
