@@ -25,8 +25,8 @@ Contraction::Contraction(const Layer& layer, const int64_t* row_ptr, const int32
   check_indices(layer_, pattern_);
 }
 
-std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Sizes& sizes,
-                                                               int64_t element_size, int64_t lanes) {
+std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Sizes& sizes, int64_t element_size,
+                                                  int64_t lanes) {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (auto it = cache_.rbegin(); it != cache_.rend(); ++it) {
     const Lowered& l = **it;

@@ -127,15 +127,16 @@ void pack(const Kernels& kernels, const Grid& grid, const Placement& place, cons
   Gaps<S> gaps(kernels_of<S>(kernels), panel, shape, channels);
   for_each_run(grid, place, columns, [&](const RunOfData& run) {
     gaps.fill_up_to(run.column);
-    const int64_t tiles = run.count / shape.tile;
-    if (cut && lanes == 1 && cs != 1 && tiles > 1 && run.column % shape.tile == 0) {
+    int64_t i = 0;
+    if (cut && lanes == 1 && cs != 1 && run.column % shape.tile == 0) {
       // Whole tiles, one channel after the other: long reads, each row's pages once.
-      for (int64_t c = 0; c < channels; ++c)
+      const int64_t tiles = run.count / shape.tile;
+      for (int64_t c = 0; tiles > 0 && c < channels; ++c)
         move.copy(panel + c * pitch + shape.at(run.column), {shape.tile_pitch, 1}, tensor + run.element + c * cs,
                   {shape.tile * run.step, run.step}, tiles, shape.tile);
+      i = tiles * shape.tile;
     }
-    const bool done = cut && lanes == 1 && cs != 1 && tiles > 1 && run.column % shape.tile == 0;
-    for (int64_t i = done ? tiles * shape.tile : 0; i < run.count;) {
+    while (i < run.count) {
       const int64_t column = run.column + i * lanes, left = run.count - i;
       const int64_t n = cut ? std::min(left, (shape.tile - column % shape.tile) / lanes) : left;
       S* dst = panel + shape.at(column);
