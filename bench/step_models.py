@@ -37,6 +37,7 @@ class Bert(nn.Module):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
+        import_torchvision_models()  # transformers imports torchvision, which may need help to load
         from transformers import BertConfig, BertModel
 
         none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -1,19 +1,26 @@
 """`profile`: build both forms of a model, time their steps whole and watched, and put them side by side."""
 
-import copy
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from sparseprop.backend import active_isa
 from sparseprop.errors import SparsePropError
 from sparseprop.nn import SparseLayer
+from sparseprop.profiling.forms import (
+    LossFn,
+    MakeOptimizer,
+    Options,
+    both_forms,
+    default_loss,
+    default_optimizer,
+    first_shape,
+    layouts,
+    make_training,
+)
 from sparseprop.profiling.ledger import Key
 from sparseprop.profiling.report import LayerTimes, Parts, StepProfile, StepTimes
 from sparseprop.profiling.split import Shares, shares_of
@@ -26,16 +33,10 @@ from sparseprop.profiling.trace import (
     contractions,
     traced_step,
 )
-from sparseprop.swap.decide import check_model
-from sparseprop.swap.measure import as_arguments
 from sparseprop.swap.plan import SwapPlan
-from sparseprop.swap.replace import swap_modules, to_dense
 from sparseprop.timing import Comparison, Step, Timer, compare
 
 __all__ = ["profile"]
-
-LossFn = Callable[[Any], Tensor]
-MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
 def profile(
@@ -51,7 +52,8 @@ def profile(
 
     Works on copies: `model` keeps its weights, buffers and flags. Its training mode and frozen parameters are
     respected. Convolutional models are tried in both dense layouts (contiguous and channels_last) on either
-    side, and the faster one is profiled. Cut a large batch: a second copy of the model is trained beside it.
+    side, all in turn, and the faster one is profiled. Cut a large batch: up to four copies of the model train
+    side by side. Times taken on a busy machine with several threads tell little; use one thread there.
 
     Args:
         model: swapped, or dense with zeros (then swapped by `plan`, or by what `sparseprop.plan` measures).
@@ -60,7 +62,7 @@ def profile(
         loss: maps the model's output to a scalar; by default cross-entropy of fixed random labels if the
             output is (batch, classes), else the mean of squares.
         optimizer: makes one from parameters; by default SGD with momentum.
-        steps: how many steps are watched.
+        steps: how many steps of each form are timed whole, and how many of the faster ones are watched.
 
     Returns:
         A `StepProfile`: prints as a table; `to_json`, `save_png`.
@@ -79,95 +81,54 @@ def profile(
     """
     if steps < 1:
         raise SparsePropError(f"profile needs steps >= 1, got {steps}.")
-    dense, sparse = _both_forms(model, example_input, plan)
-    options = _Options(example_input, loss or _default_loss, optimizer or _default_optimizer, steps)
+    options = Options(example_input, loss or default_loss, optimizer or default_optimizer)
+    models = dict(zip(("dense", "sparse"), both_forms(model, example_input, plan), strict=True))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        found = {"dense": _measure(dense, options), "sparse": _measure(sparse, options)}
-    layers = _side_by_side(dense, sparse, found["dense"].parts, found["sparse"].parts)
+        trainings = {
+            (form, layout): make_training(one, layout, options)
+            for form, one in models.items()
+            for layout in layouts(one, example_input)
+        }
+        whole = _whole_steps(trainings, steps)
+        times, parts = {}, {}
+        for form in models:
+            ms = {layout: whole.median_ms(f"{form} {layout}") for which, layout in trainings if which == form}
+            best = min(ms, key=ms.__getitem__)
+            watched_ms, parts[form] = _watch(trainings[form, best], steps)
+            times[form] = StepTimes(best, ms.pop(best), watched_ms, ms)
     return StepProfile(
         type(model).__name__,
-        _first_shape(example_input),
+        first_shape(example_input),
         torch.get_num_threads(),
         active_isa(),
-        found["dense"].times,
-        found["sparse"].times,
-        layers,
+        times["dense"],
+        times["sparse"],
+        _side_by_side(models["dense"], models["sparse"], parts["dense"], parts["sparse"]),
     )
-
-
-@dataclass(frozen=True)
-class _Options:
-    example_input: object
-    loss: LossFn
-    optimizer: MakeOptimizer
-    steps: int
 
 
 def _short(steps: Mapping[str, Step]) -> Comparison:
     return compare(steps, budget_s=0.05, min_rounds=3, max_rounds=20)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    times: StepTimes
-    parts: Mapping[str, Parts]
-
-
-def _both_forms(model: nn.Module, example: object, plan: SwapPlan | None) -> tuple[nn.Module, nn.Module]:
-    check_model(model, "profile")
-    if any(isinstance(module, SparseLayer) for module in model.modules()):
-        if plan is not None:
-            raise SparsePropError("profile takes a plan for a dense model; this one is swapped already.")
-        sparse = copy.deepcopy(model)
-        return to_dense(model, inplace=False), sparse
-    sparse = swap_modules(model, None if plan else example, plan=plan, inplace=False)
-    return to_dense(sparse, inplace=False), sparse
-
-
-def _measure(model: nn.Module, options: _Options) -> _Measured:
-    trainings = {layout: _training(model, layout, options) for layout in _layouts(model, options)}
-    runs: dict[str, Step] = {layout: partial(_run, one) for layout, one in trainings.items()}
-    whole = compare(runs, budget_s=0.5, min_rounds=max(3, options.steps), max_rounds=max(20, options.steps))
-    best = whole.fastest()
-    training = trainings.pop(best)
-    others = {layout: whole.median_ms(layout) for layout in trainings}
-    trainings.clear()
-    watched = [traced_step(training) for _ in range(options.steps)]
-    medians = {
-        key: 1e3 * statistics.median(seconds.get(key, 0.0) for seconds, _ in watched) for key in watched[0][0]
-    }
-    watched_ms = 1e3 * statistics.median(sum(seconds.values()) for seconds, _ in watched)
-    shares = _shares(training.model, watched[0][1], _short)
-    return _Measured(StepTimes(best, whole.median_ms(best), watched_ms, others), _parts(medians, shares))
+def _whole_steps(trainings: Mapping[tuple[str, str], Training], steps: int) -> Comparison:
+    """Times of all forms and layouts, run in turn, `steps` times each; fewer only if that takes minutes."""
+    runs: dict[str, Step] = {" ".join(key): partial(_run, one) for key, one in trainings.items()}
+    return compare(runs, budget_s=60.0, min_rounds=steps, max_rounds=steps)
 
 
 def _run(training: Training) -> None:
     training.step()
 
 
-def _layouts(model: nn.Module, options: _Options) -> list[str]:
-    args, kwargs = as_arguments(options.example_input)
-    images = any(isinstance(x, Tensor) and x.dim() == 4 for x in (*args, *kwargs.values()))
-    convolves = any(getattr(module, "kernel_size", None) is not None for module in model.modules())
-    return ["contiguous", "channels_last"] if images and convolves else ["contiguous"]
-
-
-def _training(model: nn.Module, layout: str, options: _Options) -> Training:
-    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=form)
-    args, kwargs = as_arguments(options.example_input)
-    args, kwargs = tuple(_laid(x, form) for x in args), {key: _laid(x, form) for key, x in kwargs.items()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise SparsePropError("profile found nothing to train: no parameter requires a gradient.")
-    return Training(model, lambda: model(*args, **kwargs), options.loss, options.optimizer(trained))
-
-
-def _laid(x: Any, form: torch.memory_format) -> Any:
-    return x.contiguous(memory_format=form) if isinstance(x, Tensor) and x.dim() == 4 else x
+def _watch(training: Training, steps: int) -> tuple[float, dict[str, Parts]]:
+    """Milliseconds of a step with the stop-watch, and its parts by module."""
+    watched = [traced_step(training) for _ in range(steps)]
+    medians = {
+        key: 1e3 * statistics.median(seconds.get(key, 0.0) for seconds, _ in watched) for key in watched[0][0]
+    }
+    whole = 1e3 * statistics.median(sum(seconds.values()) for seconds, _ in watched)
+    return whole, _parts(medians, _shares(training.model, watched[0][1], _short))
 
 
 def _shares(model: nn.Module, calls: Mapping[str, CallSpec], timer: Timer) -> dict[str, Shares]:
@@ -218,33 +179,3 @@ def _side_by_side(
         if any(parts.total for parts in pair):
             layers.append(LayerTimes(name, kind, density, *pair))
     return tuple(layers)
-
-
-def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
-
-
-def _default_loss(output: Any) -> Tensor:
-    tensor = _first_tensor(output)
-    if tensor.dim() == 2 and tensor.is_floating_point():
-        classes = tensor.shape[1]
-        labels = torch.arange(tensor.shape[0], device=tensor.device) % classes
-        return functional.cross_entropy(tensor, labels)
-    return tensor.square().mean()
-
-
-def _first_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    for value in values if isinstance(output, Mapping | tuple | list) else ():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise SparsePropError(
-        f"profile cannot make a loss of a {type(output).__name__}; pass loss=..., a function of the output."
-    )
-
-
-def _first_shape(example: object) -> tuple[int, ...]:
-    args, kwargs = as_arguments(example)
-    return next((tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), ())
