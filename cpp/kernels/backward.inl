@@ -1,7 +1,7 @@
 // Both gradients of one tile from a single load of grad_out per non-zero: walking the pattern by input rows, the
 // tile of x and the accumulators of grad_x stay in registers, and each non-zero's dot product is left as one vector
 // in a ring until `width` of them can be summed together. Limit on Cascade Lake at 90 %: 5.2 ns per non-zero and 64
-// columns, of them 3.3 in FMAs and loads; the rest is the segment's x and grad_x lines and the dot reduction. Segments
+// columns, of them 2.3 on the FMA and shuffle ports (counted); the rest is the segment's x and grad_x lines and the dot reduction. Segments
 // of 6, 8, 12, 16, 25 and 50 non-zeros, tiles of 64 and 128 columns, parts of 64 to 512 KiB: all within 5 %.
 #pragma once
 #include "../kernels.h"
