@@ -72,11 +72,16 @@ class BackwardRun {
     for (int64_t j = 0; j < width; j += plan_.tile) {
       const int64_t vectors = call_.lane_groups(std::min(plan_.tile, width - j));
       for (int64_t b = 0; b < stream.blocks(); ++b) {
-        S* dots = x ? dots_ + split * stream.nnz() + stream.first_nonzero(p, b) : nullptr;
+        const S* slab = panel + plan_.panel.at(j) + stream.panel_row(b) * plan_.panel.row_pitch;
+        const unsigned unit_log2 = plan_.stream.unit_log2;
+        if (x == nullptr) {
+          call_.kernels().forward[vectors - 1](
+              {stream.block(p, b), values_, nullptr, slab, unit_log2, grad_x + j, plan_.chunk});
+          continue;
+        }
         call_.kernels().backward[vectors - 1](
-            {stream.block(p, b), values_, panel + plan_.panel.at(j) + stream.panel_row(b) * plan_.panel.row_pitch,
-             plan_.stream.unit_log2, x ? x + j : nullptr, grad_x ? grad_x + j : nullptr, plan_.chunk, dots,
-             !fresh || j > 0});
+            {stream.block(p, b), values_, slab, unit_log2, x + j, grad_x ? grad_x + j : nullptr, plan_.chunk,
+             dots_ + split * stream.nnz() + stream.first_nonzero(p, b), !fresh || j > 0});
       }
     }
     if (!grad_x) return;

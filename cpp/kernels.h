@@ -25,7 +25,8 @@ struct Run {
   uint32_t first;
 };
 
-// The non-zeros of one part of the rows in one block of the panel. A segment is one row's share of the block.
+// The non-zeros of one part of the rows in one block of the panel. A segment is one row's share of the block. Kernels
+// look one step ahead: the three arrays have an element past the last one.
 struct BlockStream {
   const Run* runs;
   size_t n_runs;
@@ -56,7 +57,7 @@ struct BackwardArgs {
   const S* values;  // in stream order
   const S* panel;   // grad_out
   unsigned unit_log2;
-  const S* x;  // null: no weight gradient. Same pitch and alignment as `grad_x`
+  const S* x;  // same pitch and alignment as `grad_x`
   S* grad_x;   // null: no input gradient
   ptrdiff_t pitch;
   S* dots;          // weight gradient of this block's non-zeros, in stream order

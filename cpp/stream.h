@@ -40,7 +40,7 @@ class Stream {
   const std::vector<Part>& parts() const { return parts_; }
   int64_t blocks() const { return n_blocks_; }
   int64_t max_part_rows() const { return max_part_rows_; }
-  int64_t nnz() const { return static_cast<int64_t>(offset_.size()); }
+  int64_t nnz() const { return nnz_; }
   int64_t panel_row(int64_t block) const { return block * block_rows_; }
   BlockStream block(int64_t part, int64_t block) const;
   int64_t first_nonzero(int64_t part, int64_t block) const { return index_[part * n_blocks_ + block].nonzero; }
@@ -58,7 +58,7 @@ class Stream {
   void cut_parts(const Entries& entries, const StreamShape& shape);
   void add_part(const Entries& entries, const StreamShape& shape, const Part& part);
 
-  int64_t block_rows_, n_blocks_, max_part_rows_ = 0;
+  int64_t block_rows_, n_blocks_, max_part_rows_ = 0, nnz_ = 0;
   std::vector<Part> parts_;
   std::vector<Index> index_;
   std::vector<Run> runs_;

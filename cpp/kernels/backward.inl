@@ -1,122 +1,164 @@
-// Both gradients of one tile from a single load of grad_out per non-zero: walking the pattern by input rows, the
-// tile of x and the accumulators of grad_x stay in registers, and each non-zero's dot product is left as one vector
-// in a ring until `width` of them can be summed together. Limit on Cascade Lake at 90 %: 5.2 ns per non-zero and 64
-// columns, of them 2.3 on the FMA and shuffle ports (counted); the rest is the segment's x and grad_x lines and the dot reduction. Segments
-// of 6, 8, 12, 16, 25 and 50 non-zeros, tiles of 64 and 128 columns, parts of 64 to 512 KiB: all within 5 %.
+// Weight gradient, and the input gradient from the same loads of grad_out: walking the pattern by input rows, the tile
+// of x and the sums of grad_x stay in registers. (The input gradient alone is the forward kernel.)
 #pragma once
-#include "../kernels.h"
+#include "walk.inl"
 
 namespace sparseprop {
 
-// Dot products of consecutive non-zeros, one vector each, on their way to `dots`. The counters are plain locals of
-// the kernel: as members beside the ring they would live in memory, 5 cycles a non-zero.
-template <class V>
-struct DotRing {
-  using S = typename V::scalar;
-  static constexpr uint32_t width = V::width;
-  static constexpr uint32_t capacity = 64;
-  static constexpr uint32_t piece = capacity - width;  // what fits whatever is pending
-
-  static inline S* slot(S* ring, uint32_t index) { return ring + (index & (capacity - 1)) * width; }
-
-  // Sums whole groups of `width` until `incoming` more fit.
-  static inline uint32_t make_room(S* ring, uint32_t flushed, uint32_t written, uint32_t incoming, S* dots, bool accumulate) {
-    for (; written + incoming > flushed + capacity; flushed += width) {
-      V sums = V::sum_rows(slot(ring, flushed));
-      if (accumulate) sums = V::add(V::loadu(dots + flushed), sums);
-      sums.storeu(dots + flushed);
-    }
-    return flushed;
-  }
-
-  static void finish(S* ring, uint32_t flushed, uint32_t written, S* dots, bool accumulate) {
-    for (; flushed < written; ++flushed) {
-      const S sum = V::load(slot(ring, flushed)).sum();
-      dots[flushed] = accumulate ? dots[flushed] + sum : sum;
-    }
-  }
-};
-
-template <class V, int vecs, bool want_x, bool want_dots, bool scaled>
+// Limit on Cascade Lake: 20 operations on two FMA ports per non-zero and 128 columns (8 + 8 FMAs, 4 for a dot product's
+// sum), 3.8 ns; 5.1 reached in long segments, 7.8 with five non-zeros a segment (24 line loads and stores each).
+// Tried: dot products left in a ring of vectors and summed 16 at a time (25 % slower: stores alias with panel loads),
+// sums finished at once (20 %: their latency fills the reorder buffer), one non-zero after the other (5 %).
+template <class V, int vecs, bool want_x, bool scaled>
 struct Backward {
   using S = typename V::scalar;
-  using Ring = DotRing<V>;
+  using X = Tile<V, vecs>;
+  using Sums = Tile<V, want_x ? vecs : 0>;
+  using Four = Tile<V, 4>;
+  static constexpr bool unrolled = worth_unrolling<V, vecs>;
 
-  // One non-zero: grad_x += value * grad, and <x, grad> lane by lane, in two chains.
-  static inline V both(V (&grad_x)[vecs], const V (&x)[vecs], V value, const S* g) {
-    asm("" : "+r"(g));
-    V dot[2] = {V::zero(), V::zero()};
-    for (int i = 0; i < vecs; ++i) {
-      const V grad = V::in_register(V::loadu(g + i * V::width));
-      if (want_x) grad_x[i] = V::fma(value, grad, grad_x[i]);
-      if (want_dots) dot[i % 2] = i < 2 ? V::mul(x[i], grad) : V::fma(x[i], grad, dot[i % 2]);
-    }
-    return vecs > 1 ? V::add(dot[0], dot[1]) : dot[0];
+  const S *all_values, *all_x;
+  S* all_grad_x;
+  ptrdiff_t pitch;
+  bool accumulate;
+  Walk<S, scaled> walk;
+  const S* values;  // of the next segment
+  ptrdiff_t at;     // of the next segment's x and grad_x
+  S* dots;
+  V folded;  // the group before, half summed, and where its sums belong
+  S* folded_dots;
+
+  SPARSEPROP_INLINE Backward(const BackwardArgs<S>& args, ptrdiff_t first, bool add)
+      : all_values(args.values), all_x(args.x + first), all_grad_x(want_x ? args.grad_x + first : nullptr),
+        pitch(args.pitch), accumulate(add), walk(args.stream, args.panel + first, args.unit_log2), dots(args.dots) {
+    look_ahead();
+  }
+  SPARSEPROP_INLINE void look_ahead() {
+    values = all_values + *walk.value;
+    at = *walk.row * pitch;
+    asm("" : "+r"(values), "+r"(at));
   }
 
-  static void block(const BackwardArgs<S>& a, ptrdiff_t column, bool accumulate) {
-    alignas(64) S ring[Ring::capacity * Ring::width];
-    uint32_t written = 0, flushed = 0;
-    S* const dots = a.dots;
-    const uint16_t* offset = a.stream.offset;
-    const S* const panel = a.panel + column;
-    const unsigned unit_log2 = a.unit_log2;
-    size_t s = 0;
-    for (size_t r = 0; r < a.stream.n_runs; ++r) {
-      const Run run = a.stream.runs[r];
-      for (uint32_t end = 0; end < run.rows; ++end, ++s, offset += run.count) {
-        const ptrdiff_t at = a.stream.segment_row[s] * a.pitch + column;
-        V x[vecs], grad_x[vecs];
-        for (int i = 0; i < vecs; ++i) {
-          x[i] = want_dots ? V::load(a.x + at + i * V::width) : V::zero();
-          grad_x[i] = !want_x || run.first ? V::zero() : V::load(a.grad_x + at + i * V::width);
+  template <int fixed>
+  SPARSEPROP_INLINE void run(const Run run) {
+    constexpr int rest = fixed % 4, last = fixed == 0 ? 0 : rest ? rest : 4;  // terms of a segment's last group
+    folded = V::zero();  // there is no group before: adds nothing to dots that the first group then writes or adds to
+    folded_dots = dots;
+    for (uint32_t end = 0; end < run.rows; ++end) {
+      X x = X::load(all_x + at);
+      Sums grad_x = Sums::fill(V::zero());
+      if (want_x && !run.first) grad_x = Sums::load(all_grad_x + at);
+      const S* value = values;
+      const ptrdiff_t to = at;
+      ++walk.row;
+      ++walk.value;
+      look_ahead();
+      if constexpr (fixed == 0) {
+        if (run.count >= 4) {
+          group<4, 0>(x, grad_x, value);
+          repeat<0>(run.count / 4 - 1, [&]() __attribute__((always_inline)) { group<4, 4>(x, grad_x, value); });
+          V::template finish4<4>(folded, folded_dots, accumulate);
         }
-        const S* values = a.values + a.stream.segment_value[s];
-        for (uint32_t k = 0; k < run.count;) {
-          const uint32_t left = run.count - k, n = left < Ring::piece ? left : Ring::piece;
-          if (want_dots) flushed = Ring::make_room(ring, flushed, written, n, dots, accumulate);
-          for (const uint32_t stop = k + n; k < stop; ++k, ++written) {
-            const V value = want_x ? V::broadcast(values[k]) : V::zero();
-            const V dot = both(grad_x, x, value, panel + (scaled ? size_t(offset[k]) << unit_log2 : size_t(offset[k])));
-            if (want_dots) dot.store(Ring::slot(ring, written));
-          }
-        }
-        if (want_x)
-          for (int i = 0; i < vecs; ++i) grad_x[i].store(a.grad_x + at + i * V::width);
+        repeat<0>(run.count % 4, [&]() __attribute__((always_inline)) {
+          group<1, 0>(x, grad_x, value);
+          V::template finish4<1>(folded, folded_dots, accumulate);
+        });
+      } else {
+        segment<fixed, last>(x, grad_x, value);
       }
+      grad_x.store(all_grad_x + to);
     }
-    if (want_dots) {
-      flushed = Ring::make_room(ring, flushed, written, Ring::piece + 1, dots, accumulate);
-      Ring::finish(ring, flushed, written, dots, accumulate);
+    if constexpr (fixed > 0) V::template finish4<last>(folded, folded_dots, accumulate);
+  }
+
+  template <int left, int before>
+  SPARSEPROP_INLINE void segment(X& x, Sums& grad_x, const S*& value) {
+    constexpr int terms = left < 4 ? left : 4;
+    group<terms, before>(x, grad_x, value);
+    if constexpr (left > 4) segment<left - 4, terms>(x, grad_x, value);
+  }
+
+  // `terms` non-zeros at once; finishes the sums of the group before (of `before` terms) beside them.
+  template <int terms, int before>
+  SPARSEPROP_INLINE void group(X& x, Sums& grad_x, const S*& value) {
+    const S* columns[4];
+    V v[4];
+    start<terms, 0>(columns, v, value);
+    Four even = Four::fill(V::zero()), odd = even;
+    diagonal<terms, 0>(x, grad_x, columns, v, even, odd);
+    if constexpr (!want_x && vecs > 1) {
+      even.template get<0>() = V::add(even.template get<0>(), odd.template get<0>());
+      if constexpr (terms > 1) even.template get<1>() = V::add(even.template get<1>(), odd.template get<1>());
+      if constexpr (terms > 2) even.template get<2>() = V::add(even.template get<2>(), odd.template get<2>());
+      if constexpr (terms > 3) even.template get<3>() = V::add(even.template get<3>(), odd.template get<3>());
     }
+    if constexpr (before > 0) V::template finish4<before>(folded, folded_dots, accumulate);
+    folded = V::fold4(even.template get<0>(), even.template get<1>(), even.template get<2>(), even.template get<3>());
+    folded_dots = dots;
+    dots += terms;
+  }
+
+  template <int terms, int n>
+  SPARSEPROP_INLINE void start(const S* (&columns)[4], V (&v)[4], const S*& value) {
+    if constexpr (n < terms) {
+      columns[n] = walk.step();
+      v[n] = want_x ? V::broadcast(*value++) : V::zero();
+      start<terms, n + 1>(columns, v, value);
+    }
+  }
+
+  // On the diagonal: at step t the n-th term works on vector t + n, so that each chain of FMAs (a sum of grad_x, a dot
+  // product) is touched once a step and none waits for its own latency.
+  template <int terms, int t>
+  static SPARSEPROP_INLINE void diagonal(X& x, Sums& grad_x, const S* const (&columns)[4], const V (&v)[4], Four& even,
+                                         Four& odd) {
+    if constexpr (t < vecs) {
+      term<0, t>(x, grad_x, columns[0], v[0], even, odd);
+      if constexpr (terms > 1) term<1, t>(x, grad_x, columns[1], v[1], even, odd);
+      if constexpr (terms > 2) term<2, t>(x, grad_x, columns[2], v[2], even, odd);
+      if constexpr (terms > 3) term<3, t>(x, grad_x, columns[3], v[3], even, odd);
+      diagonal<terms, t + 1>(x, grad_x, columns, v, even, odd);
+    }
+  }
+  template <int n, int t>
+  static SPARSEPROP_INLINE void term(X& x, Sums& grad_x, const S* columns, V v, Four& even, Four& odd) {
+    constexpr int i = (t + n) % vecs;
+    V loaded = V::loadu(columns + i * V::width);
+    if constexpr (want_x) {
+      loaded = V::in_register(loaded);
+      V& sum = grad_x.template get<i>();
+      sum = V::fma(v, loaded, sum);
+    }
+    constexpr int chains = want_x ? 1 : 2;
+    V& chain = (t % chains ? odd : even).template get<n>();
+    chain = t < chains ? V::mul(x.template get<i>(), loaded) : V::fma(x.template get<i>(), loaded, chain);
   }
 };
 
-template <class V, int vecs, bool want_x, bool want_dots>
+template <class V, int vecs, bool want_x>
 void backward_pass(const BackwardArgs<typename V::scalar>& a, int first) {
   const ptrdiff_t column = first * V::width;
   const bool accumulate = a.accumulate || first > 0;
   if (a.unit_log2 == 0) {
-    Backward<V, vecs, want_x, want_dots, false>::block(a, column, accumulate);
+    for_runs(a.stream, Backward<V, vecs, want_x, false>(a, column, accumulate));
   } else {
-    Backward<V, vecs, want_x, want_dots, true>::block(a, column, accumulate);
+    for_runs(a.stream, Backward<V, vecs, want_x, true>(a, column, accumulate));
   }
 }
 
 template <class V, int vecs>
 void backward_pass(const BackwardArgs<typename V::scalar>& a, int first) {
-  if (a.x && a.grad_x) {
-    backward_pass<V, vecs, true, true>(a, first);
-  } else if (a.x) {
-    backward_pass<V, vecs, false, true>(a, first);
+  if (a.grad_x) {
+    backward_pass<V, vecs, true>(a, first);
   } else {
-    backward_pass<V, vecs, true, false>(a, first);
+    backward_pass<V, vecs, false>(a, first);
   }
 }
 
 // A tile of `vecs` vectors in passes whose x, grad_x and temporaries fit the registers.
 template <class V, int vecs>
 void backward_tile(const BackwardArgs<typename V::scalar>& a) {
+  if (a.stream.n_runs == 0) return;
   constexpr int most = V::registers / 4, full = vecs / most * most;
   for (int i = 0; i < full; i += most) backward_pass<V, most>(a, i);
   if constexpr (vecs > full) backward_pass<V, vecs - full>(a, full);

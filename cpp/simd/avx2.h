@@ -76,11 +76,16 @@ struct F32 {
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
-  static F32 sum_rows(const float* rows) {
-    auto row = [rows](int i) { return _mm256_load_ps(rows + 8 * i); };
-    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(row(0), row(1)), _mm256_hadd_ps(row(2), row(3)));
-    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(row(4), row(5)), _mm256_hadd_ps(row(6), row(7)));
-    return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+  // Four horizontal sums in two steps, see avx512.h.
+  static F32 fold4(F32 a, F32 b, F32 c, F32 d) {
+    return {_mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v))};
+  }
+  template <int n>
+  static void finish4(F32 folded, float* dots, bool accumulate) {
+    const __m128i some = _mm_set_epi32(-(n > 3), -(n > 2), -(n > 1), -1);
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(folded.v), _mm256_extractf128_ps(folded.v, 1));
+    if (accumulate) sum = _mm_add_ps(sum, n == 4 ? _mm_loadu_ps(dots) : _mm_maskload_ps(dots, some));
+    n == 4 ? _mm_storeu_ps(dots, sum) : _mm_maskstore_ps(dots, some, sum);
   }
   template <class In, class Out>
   static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch) {
@@ -136,10 +141,13 @@ struct F64 {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
   }
-  static F64 sum_rows(const double* rows) {
-    const __m256d a = _mm256_hadd_pd(_mm256_load_pd(rows), _mm256_load_pd(rows + 4));
-    const __m256d b = _mm256_hadd_pd(_mm256_load_pd(rows + 8), _mm256_load_pd(rows + 12));
-    return {_mm256_add_pd(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31))};
+  static F64 fold4(F64 a, F64 b, F64 c, F64 d) {
+    const __m256d ab = _mm256_hadd_pd(a.v, b.v), cd = _mm256_hadd_pd(c.v, d.v);
+    return {_mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31))};
+  }
+  template <int n>
+  static void finish4(F64 folded, double* dots, bool accumulate) {
+    (accumulate ? add(folded, load_some(dots, n)) : folded).store_some(dots, n);
   }
   static void transpose(double* dst, ptrdiff_t dst_pitch, const double* src, ptrdiff_t src_pitch) {
     for (int j = 0; j < width; ++j) {

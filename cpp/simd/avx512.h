@@ -65,21 +65,20 @@ struct F32 {
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
 
-  // 16 horizontal sums at once: a transpose-add tree of 30 shuffles and 15 adds, instead of 16 x 4 of each.
-  static F32 sum_rows(const float* rows) {
-    __m512 quad[4];
-    for (int q = 0; q < 4; ++q) {
-      const __m512 a = _mm512_load_ps(rows + (4 * q) * 16), b = _mm512_load_ps(rows + (4 * q + 1) * 16);
-      const __m512 c = _mm512_load_ps(rows + (4 * q + 2) * 16), d = _mm512_load_ps(rows + (4 * q + 3) * 16);
-      const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-      const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-      quad[q] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    }
-    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44),
-                                     _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
-    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44),
-                                      _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
-    return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
+  // Four horizontal sums in two steps, so that a kernel can start other work between them: partial sums of a, b, c, d side
+  // by side, then the first `n` sums written, or added, to dots.
+  static F32 fold4(F32 a, F32 b, F32 c, F32 d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    return {_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee))};
+  }
+  template <int n>
+  static void finish4(F32 folded, float* dots, bool accumulate) {
+    constexpr __mmask8 some = (1 << n) - 1;
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(folded.v), _mm512_extractf32x8_ps(folded.v, 1));
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    if (accumulate) sum = _mm_add_ps(sum, n == 4 ? _mm_loadu_ps(dots) : _mm_maskz_loadu_ps(some, dots));
+    n == 4 ? _mm_storeu_ps(dots, sum) : _mm_mask_storeu_ps(dots, some, sum);
   }
 
   template <class In, class Out>
@@ -138,10 +137,18 @@ struct F64 {
   static F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   double sum() const { return _mm512_reduce_add_pd(v); }
-  static F64 sum_rows(const double* rows) {
-    alignas(64) double sums[8];
-    for (int i = 0; i < 8; ++i) sums[i] = load(rows + 8 * i).sum();
-    return load(sums);
+  static F64 fold4(F64 a, F64 b, F64 c, F64 d) {
+    const __m512d ab = _mm512_add_pd(_mm512_unpacklo_pd(a.v, b.v), _mm512_unpackhi_pd(a.v, b.v));
+    const __m512d cd = _mm512_add_pd(_mm512_unpacklo_pd(c.v, d.v), _mm512_unpackhi_pd(c.v, d.v));
+    return {_mm512_add_pd(_mm512_shuffle_f64x2(ab, cd, 0x44), _mm512_shuffle_f64x2(ab, cd, 0xee))};
+  }
+  template <int n>
+  static void finish4(F64 folded, double* dots, bool accumulate) {
+    constexpr __mmask8 some = (1 << n) - 1;
+    const __m256d ab = _mm512_castpd512_pd256(folded.v), cd = _mm512_extractf64x4_pd(folded.v, 1);
+    __m256d sum = _mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31));
+    if (accumulate) sum = _mm256_add_pd(sum, _mm256_maskz_loadu_pd(some, dots));
+    _mm256_mask_storeu_pd(dots, some, sum);
   }
   static void transpose(double* dst, ptrdiff_t dst_pitch, const double* src, ptrdiff_t src_pitch) {
     for (int j = 0; j < width; ++j) {

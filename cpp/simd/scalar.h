@@ -69,11 +69,11 @@ struct Vec {
     return c;
   }
   S sum() const { return (lane[0] + lane[1]) + (lane[2] + lane[3]); }
-  // rows[i], i < width -> lane i of the result is the sum of row i
-  static Vec sum_rows(const S* rows) {
-    Vec r;
-    for (int i = 0; i < width; ++i) r.lane[i] = load(rows + i * width).sum();
-    return r;
+  // Four horizontal sums in two steps, see avx512.h.
+  static Vec fold4(Vec a, Vec b, Vec c, Vec d) { return {{a.sum(), b.sum(), c.sum(), d.sum()}}; }
+  template <int n>
+  static void finish4(Vec folded, S* dots, bool accumulate) {
+    for (int i = 0; i < n; ++i) dots[i] = accumulate ? dots[i] + folded.lane[i] : folded.lane[i];
   }
   // dst[j * dst_pitch + i] = src[i * src_pitch + j] for a width x width block
   template <class In, class Out>
