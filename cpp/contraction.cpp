@@ -9,6 +9,9 @@ namespace {
 constexpr double kSerialWork = 1 << 19;
 constexpr double kMoveWork = 16;  // packing or storing one activation element costs about as many
 constexpr size_t kCached = 6;
+// Measured on Linear layers of 768 to 4096 features: forward 5 to 20 % faster from 10 % density down, backward 5 to 15 %
+// from 2 %; on images (rows copied in shorter pieces) slower everywhere.
+constexpr double kHalfTileForward = 0.12, kHalfTileBackward = 0.03;
 
 bool worth_threads(const Layer& layer, const Lowered& low, int64_t nnz, int64_t lanes) {
   const double columns = double(low.grid.columns);
@@ -43,8 +46,8 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   const Grid grid = make_grid(layer_, sizes, lanes);
   const int64_t phases = static_cast<int64_t>(grid.phases.size()), inner = layer_.in_channels * phases;
   const bool forward = direction == Direction::forward;
-  const Problem problem = forward ? Problem{layer_.out_channels, inner, 1, phases, double(pattern_.nnz)}
-                                  : Problem{inner, layer_.out_channels, phases, 1, double(pattern_.nnz)};
+  const Problem problem = forward ? Problem{layer_.out_channels, inner, 1, phases, double(pattern_.nnz), kHalfTileForward}
+                                  : Problem{inner, layer_.out_channels, phases, 1, double(pattern_.nnz), kHalfTileBackward};
   const Schedule schedule = make_schedule(layer_, grid, problem, element_size);
   auto lowered = std::make_shared<const Lowered>(
       Lowered{direction, element_size, sizes, grid, schedule,

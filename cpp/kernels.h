@@ -35,9 +35,8 @@ struct BlockStream {
   const uint16_t* offset;         // per non-zero, in units of 1 << unit_log2 elements from the block's panel
 };
 
-// Lane groups per tile. 8 rather than 4: what a non-zero costs beyond its FMAs (index, broadcast, dot reduction) is
-// shared by twice the columns: 10 to 20 % faster at 50 and 80 % sparsity and on convolutions, even at 90 % and more,
-// where the slab then spills from L1 into L2.
+// Lane groups per tile at most. What a non-zero costs beyond its FMAs (index, broadcast, sum of a dot product) is shared
+// by twice the columns of 4: 10 to 20 % faster at 50 and 80 % sparsity and on convolutions.
 constexpr int kMaxTile = 8;
 
 template <class S>

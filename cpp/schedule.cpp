@@ -42,7 +42,9 @@ int64_t choose_lanes(const Sizes& sizes, int64_t element_size, bool batch_last) 
 
 Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size) {
   Schedule s;
-  const int64_t lanes = 64 / element_size, full = lanes * kMaxTile;
+  const double per_panel_row = problem.nnz / (double(problem.rows) * double(std::max<int64_t>(1, problem.panel_rows)));
+  const bool half = grid.columns == grid.batch && per_panel_row <= problem.half_tile;
+  const int64_t lanes = 64 / element_size, full = lanes * kMaxTile / (half ? 2 : 1);
   s.tile = lanes;  // a power of two: offsets are scaled by shifting
   while (s.tile < std::min(full, grid.columns)) s.tile *= 2;
   const int64_t shift = grid.max_shift, row_bytes = problem.panel_rows * element_size;
@@ -67,7 +69,6 @@ Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& prob
   }
   s.stream.row_pitch = s.panel.row_pitch;
   s.stream.row_step = problem.row_step;
-  const double per_panel_row = problem.nnz / (double(problem.rows) * double(std::max<int64_t>(1, problem.panel_rows)));
   const int64_t l1_rows = kL1 / (span * element_size), l2_rows = kL2 / (span * element_size);
   const double wanted = kSegment / std::max(per_panel_row, 1e-9);
   int64_t block = std::max(l1_rows, std::min(l2_rows, int64_t(std::min(wanted, 1e9))));

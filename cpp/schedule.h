@@ -23,6 +23,7 @@ struct Problem {
   int64_t row_step;    // rows that belong together (phases of one channel)
   int64_t panel_step;
   double nnz;
+  double half_tile;    // density up to which tiles of half the width are faster where columns are batch entries
 };
 
 Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size);
