@@ -17,12 +17,12 @@ class Arena {
   void* reserve(size_t bytes) {
     if (bytes <= size_) return data_;
     std::free(data_);
-    const size_t alignment = bytes >= kHuge ? kHuge : 64;
+    const size_t alignment = bytes >= kHuge / 8 ? kHuge : 64;
     size_ = (bytes + alignment - 1) / alignment * alignment;
     data_ = std::aligned_alloc(alignment, size_);
     if (data_ == nullptr) size_ = 0;
 #ifdef MADV_HUGEPAGE
-    if (data_ != nullptr && bytes >= kHuge) madvise(data_, size_, MADV_HUGEPAGE);
+    if (data_ != nullptr && alignment == kHuge) madvise(data_, size_, MADV_HUGEPAGE);
 #endif
     return data_;
   }
