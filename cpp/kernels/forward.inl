@@ -42,11 +42,27 @@ struct Forward {
       ++walk.row;
       ++walk.value;
       look_ahead();
-      repeat<fixed>(run.count, [&]() __attribute__((always_inline)) {
+      uint32_t count = run.count;
+      if constexpr (vecs <= 3) count = in_chains(acc, value, count);
+      repeat<fixed>(count, [&]() __attribute__((always_inline)) {
         acc.add_product(V::broadcast(*value++), walk.step());
       });
       acc.store(to);
     }
+  }
+  // Few columns: four non-zeros at once, as one chain of FMAs would wait for its own latency. Returns how many are left.
+  SPARSEPROP_INLINE uint32_t in_chains(Acc& acc, const S*& value, uint32_t count) {
+    Acc second = Acc::fill(V::zero()), third = second, fourth = second;
+    for (; count >= 4; count -= 4, value += 4) {
+      acc.add_product(V::broadcast(value[0]), walk.step());
+      second.add_product(V::broadcast(value[1]), walk.step());
+      third.add_product(V::broadcast(value[2]), walk.step());
+      fourth.add_product(V::broadcast(value[3]), walk.step());
+    }
+    second.add(fourth);
+    acc.add(third);
+    acc.add(second);
+    return count;
   }
 };
 

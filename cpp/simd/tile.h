@@ -21,6 +21,10 @@ struct Tile {
     head.store(p);
     last.store(p + (n - 1) * V::width);
   }
+  SPARSEPROP_INLINE void add(const Tile& other) {
+    head.add(other.head);
+    last = V::add(last, other.last);
+  }
   // this += value * columns
   SPARSEPROP_INLINE void add_product(V value, const S* columns) {
     head.add_product(value, columns);
@@ -39,6 +43,7 @@ struct Tile<V, 0> {
   static SPARSEPROP_INLINE Tile fill(V) { return {}; }
   static SPARSEPROP_INLINE Tile load(const S*) { return {}; }
   SPARSEPROP_INLINE void store(S*) const {}
+  SPARSEPROP_INLINE void add(const Tile&) {}
   SPARSEPROP_INLINE void add_product(V, const S*) {}
 };
 
