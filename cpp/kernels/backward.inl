@@ -66,7 +66,7 @@ struct Backward {
       } else {
         segment<fixed, last>(x, grad_x, value);
       }
-      grad_x.store(all_grad_x + to);
+      if constexpr (want_x) grad_x.store(all_grad_x + to);
     }
     if constexpr (fixed > 0) V::template finish4<last>(folded, folded_dots, accumulate);
   }
@@ -86,12 +86,7 @@ struct Backward {
     start<terms, 0>(columns, v, value);
     Four even = Four::fill(V::zero()), odd = even;
     diagonal<terms, 0>(x, grad_x, columns, v, even, odd);
-    if constexpr (!want_x && vecs > 1) {
-      even.template get<0>() = V::add(even.template get<0>(), odd.template get<0>());
-      if constexpr (terms > 1) even.template get<1>() = V::add(even.template get<1>(), odd.template get<1>());
-      if constexpr (terms > 2) even.template get<2>() = V::add(even.template get<2>(), odd.template get<2>());
-      if constexpr (terms > 3) even.template get<3>() = V::add(even.template get<3>(), odd.template get<3>());
-    }
+    if constexpr (!want_x && vecs > 1) even.add(odd);
     if constexpr (before > 0) V::template finish4<before>(folded, folded_dots, accumulate);
     folded = V::fold4(even.template get<0>(), even.template get<1>(), even.template get<2>(), even.template get<3>());
     folded_dots = dots;
