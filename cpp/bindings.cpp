@@ -11,6 +11,7 @@ using namespace sparseprop;
 namespace {
 
 using RowPtr = py::array_t<int64_t, py::array::c_style>;
+using PackedBits = py::array_t<uint8_t, py::array::c_style>;
 using ColIdx = py::array_t<int32_t, py::array::c_style>;
 
 class PyContraction {
@@ -19,8 +20,10 @@ class PyContraction {
                 RowPtr row_ptr, ColIdx col_idx)
       : row_ptr_(std::move(row_ptr)),
         col_idx_(std::move(col_idx)),
-        contraction_(check({out_channels, in_channels, groups, kernel, stride, dilation}), row_ptr_.data(),
+        contraction_(check_rows({out_channels, in_channels, groups, kernel, stride, dilation}), row_ptr_.data(),
                      col_idx_.data(), col_idx_.size()) {}
+  PyContraction(const Layer& layer, int64_t kept, int64_t of, PackedBits bits)
+      : packed_(std::move(bits)), contraction_(check(layer), check_bits(layer, kept, of)) {}
 
   int64_t nnz() const { return contraction_.nnz(); }
   int64_t storage_bytes() const { return contraction_.storage_bytes(); }
@@ -44,7 +47,7 @@ class PyContraction {
  private:
   static void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-  Layer check(const Layer& layer) const {
+  static Layer check(const Layer& layer) {
     for (int d = 0; d < 3; ++d) {
       if (layer.kernel[d] < 1 || layer.stride[d] < 1 || layer.dilation[d] < 1) {
         throw std::invalid_argument("kernel, stride and dilation must be at least 1 in every dimension.");
@@ -54,6 +57,18 @@ class PyContraction {
         layer.out_channels % layer.groups != 0) {
       throw std::invalid_argument("groups must divide in_channels and out_channels.");
     }
+    return layer;
+  }
+
+  PackedNM check_bits(const Layer& layer, int64_t kept, int64_t of) const {
+    if (packed_.ndim() != 2 || packed_.shape(0) != layer.out_channels) {
+      throw std::invalid_argument("packed bits must be a matrix of out_channels = " + std::to_string(layer.out_channels) + " rows.");
+    }
+    return {kept, of, packed_.shape(1), packed_.data()};
+  }
+
+  Layer check_rows(const Layer& layer) const {
+    check(layer);
     if (row_ptr_.size() != layer.out_channels + 1) {
       throw std::invalid_argument("row_ptr has " + std::to_string(row_ptr_.size()) + " entries, wanted out_channels + 1 = " +
                                   std::to_string(layer.out_channels + 1) + ".");
@@ -61,6 +76,7 @@ class PyContraction {
     return layer;
   }
 
+  PackedBits packed_;
   RowPtr row_ptr_;
   ColIdx col_idx_;
   Contraction contraction_;
@@ -77,6 +93,15 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       .def(py::init<int64_t, int64_t, int64_t, Triple, Triple, Triple, RowPtr, ColIdx>(), py::arg("out_channels"),
            py::arg("in_channels"), py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"),
            py::arg("row_ptr").noconvert(), py::arg("col_idx").noconvert())
+      .def_static(
+          "from_nm",
+          [](int64_t out_channels, int64_t in_channels, int64_t groups, Triple kernel, Triple stride, Triple dilation,
+             int64_t kept, int64_t of, PackedBits bits) {
+            const Layer layer{out_channels, in_channels, groups, kernel, stride, dilation};
+            return std::make_unique<PyContraction>(layer, kept, of, std::move(bits));
+          },
+          py::arg("out_channels"), py::arg("in_channels"), py::arg("groups"), py::arg("kernel"), py::arg("stride"),
+          py::arg("dilation"), py::arg("kept"), py::arg("of"), py::arg("bits").noconvert())
       .def_property_readonly("nnz", &PyContraction::nnz)
       .def_property_readonly("storage_bytes", &PyContraction::storage_bytes)
       .def("forward", &PyContraction::forward, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),

@@ -28,6 +28,9 @@ Contraction::Contraction(const Layer& layer, const int64_t* row_ptr, const int32
   check_indices(layer_, pattern_);
 }
 
+Contraction::Contraction(const Layer& layer, const PackedNM& packed)
+    : layer_(layer), pattern_{nullptr, nullptr, unpack_nm(layer, packed).ref().nnz}, packed_(packed) {}
+
 std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Sizes& sizes, int64_t element_size,
                                                   int64_t lanes) {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -42,7 +45,9 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
       return found;
     }
   }
-  check_indices(layer_, pattern_);  // the borrowed arrays may have changed since
+  const Csr unpacked = packed_ ? unpack_nm(layer_, *packed_) : Csr{};
+  const PatternRef pattern = packed_ ? unpacked.ref() : pattern_;
+  check_indices(layer_, pattern);  // the borrowed arrays may have changed since
   const Grid grid = make_grid(layer_, sizes, lanes);
   const int64_t phases = static_cast<int64_t>(grid.phases.size()), inner = layer_.in_channels * phases;
   const bool forward = direction == Direction::forward;
@@ -51,7 +56,7 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   const Schedule schedule = make_schedule(layer_, grid, problem, element_size);
   auto lowered = std::make_shared<const Lowered>(
       Lowered{direction, element_size, sizes, grid, schedule,
-              Stream(forward ? forward_entries(layer_, pattern_, grid) : backward_entries(layer_, pattern_, grid), schedule.stream)});
+              Stream(forward ? forward_entries(layer_, pattern, grid) : backward_entries(layer_, pattern, grid), schedule.stream)});
   if (cache_.size() >= kCached) cache_.erase(cache_.begin());
   cache_.push_back(lowered);
   return lowered;

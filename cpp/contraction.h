@@ -2,10 +2,11 @@
 #pragma once
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "dispatch.h"
-#include "entries.h"
+#include "nm.h"
 #include "schedule.h"
 
 namespace sparseprop {
@@ -35,6 +36,9 @@ class Contraction {
   // for indices that no pattern has; they are checked again whenever they are read.
   Contraction(const Layer& layer, const int64_t* row_ptr, const int32_t* col_idx, int64_t nnz);
 
+  // Borrows the packed bits likewise, and unpacks them whenever it lowers: nothing else is kept.
+  Contraction(const Layer& layer, const PackedNM& packed);
+
   int64_t nnz() const { return pattern_.nnz; }
   int64_t storage_bytes() const;
 
@@ -47,7 +51,8 @@ class Contraction {
   std::shared_ptr<const Lowered> lower(Direction direction, const Sizes& sizes, int64_t element_size, int64_t lanes);
 
   Layer layer_;
-  PatternRef pattern_;
+  PatternRef pattern_;  // of an N:M pattern nnz alone
+  std::optional<PackedNM> packed_;
   mutable std::mutex mutex_;
   std::vector<std::shared_ptr<const Lowered>> cache_;  // most recently used last
 };

@@ -26,7 +26,9 @@ struct Run {
 };
 
 // The non-zeros of one part of the rows in one block of the panel. A segment is one row's share of the block. Kernels
-// look one step ahead: the three arrays have an element past the last one.
+// look ahead: the two arrays per segment have kLookAhead elements past the last one, the offsets have one.
+constexpr int kLookAhead = 8;
+
 struct BlockStream {
   const Run* runs;
   size_t n_runs;

@@ -12,9 +12,8 @@ Stream::Stream(const Entries& entries, const StreamShape& shape)
   cut_parts(entries, shape);
   for (const Part& part : parts_) add_part(entries, shape, part);
   nnz_ = static_cast<int64_t>(offset_.size());
-  // kernels look one segment and one non-zero ahead
-  segment_row_.push_back(0);
-  segment_value_.push_back(0);
+  segment_row_.resize(segment_row_.size() + kLookAhead);
+  segment_value_.resize(segment_value_.size() + kLookAhead);
   offset_.push_back(0);
   for (auto* list : {&segment_row_, &segment_value_}) list->shrink_to_fit();
   runs_.shrink_to_fit();

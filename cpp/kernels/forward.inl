@@ -8,7 +8,7 @@ namespace sparseprop {
 // Limit on Cascade Lake: 10 loads per non-zero and 128 columns, 1.9 ns; 2.4 reached in long segments, 4.1 with five
 // non-zeros a segment, where a segment's own 16 line loads and stores cost 5 ns and rows from L2 the rest.
 // Tried: two rows at a time (20 % slower, more live pointers than registers), two to four chains of FMAs (0 to 2 %),
-// four offsets in one load (0), values gathered into stream order (0), prefetching the next rows or values (0 to 2 %),
+// four offsets in one load (0), values gathered into stream order (0), prefetching the next rows (0 to 2 %),
 // panel and output in different cache sets (0).
 template <class V, int vecs, bool scaled>
 struct Forward {
@@ -32,6 +32,7 @@ struct Forward {
     values = all_values + *walk.value;
     out = all_out + *walk.row * pitch;
     asm("" : "+r"(values), "+r"(out));
+    walk.prefetch(all_values);
   }
   template <int fixed>
   SPARSEPROP_INLINE void run(const Run run) {

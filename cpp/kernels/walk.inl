@@ -24,6 +24,11 @@ struct Walk {
     asm("" : "+r"(columns));  // one address register: an indexed operand would split each FMA into two operations
     return columns;
   }
+  // What a segment a few further on will use of an array in the order of values: pieces too short for the hardware.
+  SPARSEPROP_INLINE void prefetch(const S* array) const {
+    __builtin_prefetch(array + value[kLookAhead - 2]);
+    __builtin_prefetch(array + value[kLookAhead - 2] + 16);
+  }
   // The next non-zero's columns; reads one offset further.
   SPARSEPROP_INLINE const S* step() {
     const S* now = next;
