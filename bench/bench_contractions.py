@@ -40,7 +40,7 @@ def lift(numbers, fill):
 
 def lowered(layer):
     """The native contraction of a layer, which borrows the layer's index arrays."""
-    g, indices = layer._geometry, (layer.weight_row_ptr.numpy(), layer.weight_col_idx.numpy())
+    g, indices = layer._geometry, (layer.pattern.row_ptr.numpy(), layer.pattern.col_idx.numpy())
     options = [lift(numbers, 1) for numbers in (g.kernel_size, g.stride, g.dilation)]
     return _native.Contraction(g.out_channels, g.in_channels, g.groups, *options, *indices)
 

@@ -43,8 +43,8 @@ def _set(index: int, value: int):
 
 
 BAD_PATTERNS = {
-    "no row_ptr": (_spoil("0.weight_row_ptr", None), "'0' is incomplete: '0.weight_row_ptr' is missing"),
-    "no col_idx": (_spoil("0.weight_col_idx", None), "'0' is incomplete: '0.weight_col_idx' is missing"),
+    "no row_ptr": (_spoil("0.weight_row_ptr", None), "'0' has a bad pattern: .* weight_row_ptr is missing"),
+    "no col_idx": (_spoil("0.weight_col_idx", None), "'0' has a bad pattern: .* weight_col_idx is missing"),
     "no shape": (_spoil("0.weight_shape", None), "'0' is incomplete: '0.weight_shape' is missing"),
     "column too large": (
         _spoil("0.weight_col_idx", _set(-1, 8)),
@@ -71,7 +71,7 @@ BAD_PATTERNS = {
     ),
     "values cut": (
         _spoil("0.weight_values", lambda v: v[:-1]),
-        r"'0' has values of shape \(63,\) for column",
+        r"'0' has values of shape \(63,\) for a pattern of 64",
     ),
     "shape negative": (_spoil("0.weight_shape", _set(0, -8)), "'0' has a bad pattern: weight_shape is"),
     "shape no shape": (

@@ -127,7 +127,10 @@ BROKEN = {
     "integer values": ({"weight_values": torch.ones(16, dtype=torch.int64)}, "must be floating point"),
     "another shape": ({"weight_shape": torch.tensor([8, 24])}, "weight_shape must be (8, 12), got (8, 24)"),
     "long bias": ({"bias": torch.ones(9)}, "bias must have shape (8,), got (9,)"),
-    "no columns": ({"weight_col_idx": None}, "has weight_row_ptr only; a pattern needs both"),
+    "no columns": (
+        {"weight_col_idx": None},
+        "weight_row_ptr is there, weight_col_idx is missing",
+    ),
     "no values": (
         {"weight_values": None, "weight_col_idx": int32(*[1, 2] * 8)},
         "no weight_values to go with",

@@ -43,6 +43,7 @@ def public_members(cls: type) -> list[tuple[str, object]]:
 
 
 def parameters(value: object) -> list[str]:
+    value = value.__func__ if isinstance(value, staticmethod) else value
     if isinstance(value, property):
         return []
     signature = (value.__doc__ or "").partition("\n")[0]

@@ -24,6 +24,20 @@ class Contraction:
         row_ptr: npt.NDArray[np.int64],
         col_idx: npt.NDArray[np.int32],
     ) -> None: ...
+    @staticmethod
+    def from_nm(
+        out_channels: int,
+        in_channels: int,
+        groups: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        kept: int,
+        of: int,
+        bits: npt.NDArray[np.uint8],
+    ) -> Contraction:
+        """The same for the bits of a `sparseprop.packed.PackedNM`, which are borrowed like the indices."""
+
     @property
     def nnz(self) -> int: ...
     @property

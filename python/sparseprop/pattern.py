@@ -122,6 +122,10 @@ class SparsityPattern:
         """Number of non-zeros."""
         return self.col_idx.numel()
 
+    def row_nnz(self) -> Tensor:
+        """Number of non-zeros in each row, int64, shape `(rows,)`."""
+        return self.row_ptr.diff()
+
     def flat_index(self) -> Tensor:
         """Positions in the flattened weight, int64, shape `(nnz,)`, ascending."""
         if self.rows == 0:

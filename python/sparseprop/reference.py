@@ -12,6 +12,9 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from sparseprop.packed import PackedNM
 
 __all__ = ["Contraction"]
 
@@ -88,6 +91,24 @@ class Contraction:
         position = np.unravel_index(col_idx, (in_channels // groups, *kernel)) if len(col_idx) else [[]] * 4
         taps = np.stack([np.asarray(part, dtype=np.int64) for part in position], axis=1)
         self._taps = np.ascontiguousarray(taps * np.array([1, *dilation]))
+
+    @classmethod
+    def from_nm(
+        cls,
+        out_channels: int,
+        in_channels: int,
+        groups: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        kept: int,
+        of: int,
+        bits: npt.NDArray[np.uint8],
+    ) -> Contraction:
+        shape = (out_channels, in_channels // groups, *kernel)
+        plain = PackedNM(shape, torch.tensor([kept, of]), torch.from_numpy(bits)).unpack()
+        layer = (out_channels, in_channels, groups, kernel, stride, dilation)
+        return cls(*layer, plain.row_ptr.numpy(), plain.col_idx.numpy())
 
     @property
     def nnz(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseprop.cli.console import guarded, show_table
 from sparseprop.masks import detect_nm
-from sparseprop.pattern import SparsityPattern
+from sparseprop.nn.storage import pattern_in, plain
 from sparseprop.train.start import read_checkpoint
 
 __all__ = ["inspect"]
@@ -74,8 +74,9 @@ def _layer(name: str, tensors: dict[str, Tensor]) -> _Layer | None:
     if leaf == "weight_values":
         parts = {key: tensors[key] for key in tensors if key.startswith(f"{prefix}.weight_")}
         shape = tuple(parts[f"{prefix}.weight_shape"].tolist())
-        row_ptr, col_idx = parts[f"{prefix}.weight_row_ptr"], parts[f"{prefix}.weight_col_idx"]
-        mask = SparsityPattern(shape[0], torch.Size(shape[1:]).numel(), row_ptr, col_idx).to_mask()
+        pattern = pattern_in({key.removeprefix(f"{prefix}."): part for key, part in parts.items()}, shape)
+        assert pattern is not None  # the checkpoint was checked when it was read
+        mask = plain(pattern).to_mask()
         size = sum(part.numel() * part.element_size() for part in parts.values())
         return _described(prefix, shape, "sparse", mask.view(shape), size)
     tensor = tensors[name]

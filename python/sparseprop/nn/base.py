@@ -12,9 +12,11 @@ from torch.nn import Parameter
 
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
-from sparseprop.nn.convert import dense_source, finished_mask, require_nm
+from sparseprop.nn.convert import dense_source, finished_mask, pattern_of
 from sparseprop.nn.state import fitted
+from sparseprop.nn.storage import Pattern, buffers_of, check_shape, pattern_in, plain, store
 from sparseprop.ops import Operator, apply, apply_again
+from sparseprop.packed import PackedNM
 from sparseprop.pattern import SparsityPattern
 
 __all__ = ["SparseLayer"]
@@ -23,20 +25,20 @@ __all__ = ["SparseLayer"]
 class SparseLayer(nn.Module):
     """Base of `SparseLinear` and `SparseConv1d/2d/3d`; not for direct use.
 
-    `weight_values` (nnz,) is the Parameter; `weight_row_ptr`, `weight_col_idx`, `weight_shape` are buffers.
+    `weight_values` (nnz,) is the Parameter, `weight_shape` a buffer like the pattern: `weight_row_ptr` and
+    `weight_col_idx`, or for a packed N:M pattern `weight_nm` and `weight_nm_bits`.
     """
 
     weight_values: Parameter
-    weight_row_ptr: Tensor
-    weight_col_idx: Tensor
     weight_shape: Tensor
     bias: Parameter | None
     _dense_type: type[nn.Module]
+    _pattern_keys: tuple[str, str]
 
     def __init__(
         self,
         geometry: Geometry,
-        pattern: SparsityPattern | None,
+        pattern: Pattern | None,
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -48,18 +50,13 @@ class SparseLayer(nn.Module):
             raise SparsePropError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
         if pattern is None:
             pattern = SparsityPattern.random(geometry.out_channels, geometry.cols, nnz=0)
-        if (pattern.rows, pattern.cols) != (geometry.out_channels, geometry.cols):
-            raise SparsePropError(
-                f"pattern must be {geometry.out_channels} x {geometry.cols} for a weight of shape "
-                f"{geometry.weight_shape}, got {pattern.rows} x {pattern.cols}."
-            )
+        check_shape(pattern, geometry.weight_shape)
         self._geometry = geometry
         self._pads_first = geometry.padding_mode != "zeros"
         self._kernel_geometry = geometry.without_padding() if self._pads_first else geometry
         self._operator: Operator | None = None
         self.weight_values = Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
-        self.register_buffer("weight_row_ptr", pattern.row_ptr.to(device))
-        self.register_buffer("weight_col_idx", pattern.col_idx.to(device))
+        self._hold({key: tensor.to(device) for key, tensor in buffers_of(pattern).items()})
         self.register_buffer("weight_shape", torch.tensor(geometry.weight_shape, device=device))
         empty_bias = torch.empty(geometry.out_channels, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty_bias is None else Parameter(empty_bias))
@@ -69,7 +66,7 @@ class SparseLayer(nn.Module):
         """Draw values and bias as torch's layers do, with each row's number of non-zeros as its fan-in."""
         if self.weight_values.is_meta:
             return
-        fan_in = self.weight_row_ptr.diff()
+        fan_in = self._held.row_nnz()
         bound = fan_in.clamp(min=1).to(self.weight_values.dtype).rsqrt()
         with torch.no_grad():
             self.weight_values.uniform_(-1, 1, generator=generator)
@@ -83,17 +80,23 @@ class SparseLayer(nn.Module):
         values, bias = parameters.get("weight_values"), parameters.get("bias")
         if values is None or "bias" not in parameters:
             values, bias = self.weight_values, self.bias  # parametrized
-        row_ptr, col_idx = buffers["weight_row_ptr"], buffers["weight_col_idx"]
-        assert row_ptr is not None
-        assert col_idx is not None
-        if is_compiling() or not col_idx.is_cpu or type(col_idx) is not Tensor:
-            return apply(x, values, bias, row_ptr, col_idx, self._geometry, None)
+        head_key, index_key = self._pattern_keys
+        head, index = buffers[head_key], buffers[index_key]
+        assert head is not None
+        assert index is not None
+        if is_compiling() or not index.is_cpu or type(index) is not Tensor:
+            return apply(x, values, bias, head, index, self._geometry, None)
         operator = self._operator
-        if operator is None or not operator.matches(row_ptr, col_idx):
-            operator = Operator(self._kernel_geometry, row_ptr, col_idx)
+        if operator is None or not operator.matches(head, index):
+            operator = Operator(self._kernel_geometry, head, index)
             object.__setattr__(self, "_operator", operator)
         out = None if self._pads_first else apply_again(operator, x, values, bias)
-        return apply(x, values, bias, row_ptr, col_idx, self._geometry, operator) if out is None else out
+        return apply(x, values, bias, head, index, self._geometry, operator) if out is None else out
+
+    def _hold(self, buffers: Mapping[str, Tensor]) -> None:
+        store(self, buffers)
+        head, index = buffers
+        self._pattern_keys = (head, index)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -119,9 +122,20 @@ class SparseLayer(nn.Module):
 
     @property
     def pattern(self) -> SparsityPattern:
-        """The pattern, sharing memory with the layer's buffers."""
-        geometry = self._geometry
-        return SparsityPattern(geometry.out_channels, geometry.cols, self.weight_row_ptr, self.weight_col_idx)
+        """The pattern; shares memory with the layer's buffers unless they are packed."""
+        return plain(self._held)
+
+    @property
+    def nm(self) -> str | None:
+        """The N:M of a layer whose pattern is packed, such as `"2:4"`, else None."""
+        held = self._held
+        return held.name if isinstance(held, PackedNM) else None
+
+    @property
+    def _held(self) -> Pattern:
+        held = pattern_in(self._buffers, self._geometry.weight_shape)  # type: ignore[arg-type]  # no None there
+        assert held is not None
+        return held
 
     @property
     def weight(self) -> Tensor:
@@ -138,7 +152,7 @@ class SparseLayer(nn.Module):
     @property
     def nnz(self) -> int:
         """Number of weights in the pattern."""
-        return self.weight_col_idx.numel()
+        return self._held.nnz
 
     @property
     def density(self) -> float:
@@ -150,7 +164,7 @@ class SparseLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def _build(cls, options: dict[str, Any], pattern: SparsityPattern | None, **kwargs: Any) -> Self:
+    def _build(cls, options: dict[str, Any], pattern: Pattern | None, **kwargs: Any) -> Self:
         return cls(**options, pattern=pattern, **kwargs)
 
     @classmethod
@@ -159,17 +173,18 @@ class SparseLayer(nn.Module):
 
         The pattern is `mask` (bool, zeros inside it stay trainable), else the mask of `torch.nn.utils.prune`
         if it has one, else `weight != 0`. `pattern="2:4"` (any N:M) demands besides that at most N of M
-        consecutive input channels are kept. Keeps `training`, `requires_grad` and dtype. Refuses subclasses,
-        parametrized layers, other devices than the CPU, and layers with hooks: a hook may rely on the dense
-        weight, so remove it, then register it on the result.
+        consecutive input channels are kept; if it is exactly N, and M is 4, 8, 16 or 32, the indices are
+        stored in a few bits each. `"auto"` does so for the smallest M that fits, if any does.
+
+        Keeps `training`, `requires_grad` and dtype. Refuses subclasses, parametrized layers, other devices
+        than the CPU, and layers with hooks: a hook may rely on the dense weight, so remove it, then register
+        it on the result.
         """
         weight, found = dense_source(module, cls._dense_type)
         keep = finished_mask(weight, found if mask is None else mask)
-        if pattern is not None:
-            require_nm(keep, pattern)
         layer = cls._build(
             cls._options_of(module),
-            SparsityPattern.from_mask(keep),
+            pattern_of(keep, pattern),
             bias=module.bias is not None,
             device="cpu",
             dtype=weight.dtype,
@@ -224,4 +239,5 @@ class SparseLayer(nn.Module):
         return dense.train(self.training)
 
     def _sparsity_repr(self) -> str:
-        return f"bias={self.bias is not None}, nnz={self.nnz}, density={self.density:.4g}"
+        packed = f", pattern={self.nm!r}" if self.nm else ""
+        return f"bias={self.bias is not None}, nnz={self.nnz}, density={self.density:.4g}{packed}"

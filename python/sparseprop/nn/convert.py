@@ -1,4 +1,4 @@
-"""Reading a dense layer: its weight, the mask it implies, and whether that mask is N:M."""
+"""Reading a dense layer: its weight, the mask it implies, and that mask's pattern."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from sparseprop.errors import SparsePropError
+from sparseprop.nn.storage import Pattern
+from sparseprop.packed import PACKED_SIZES, PackedNM
+from sparseprop.pattern import SparsityPattern
 
-__all__ = ["dense_source", "finished_mask", "require_nm"]
+__all__ = ["dense_source", "finished_mask", "pattern_of"]
 
 
 def dense_source(module: nn.Module, expected: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -62,18 +65,35 @@ def finished_mask(weight: Tensor, mask: Tensor | None) -> Tensor:
     return mask
 
 
-def require_nm(mask: Tensor, pattern: str) -> None:
-    """Refuse a weight mask that keeps more than N of M consecutive input channels anywhere."""
+def pattern_of(mask: Tensor, wanted: str | None) -> Pattern:
+    """A weight mask's pattern, packed if it is exactly the N:M wanted, or any for "auto".
+
+    Refuses a mask that keeps more than N of M consecutive input channels anywhere.
+    """
+    packed = None
+    if wanted == "auto":
+        packed = PackedNM.detect(mask)
+    elif wanted is not None:
+        packed = _checked_nm(mask, wanted)
+    return SparsityPattern.from_mask(mask) if packed is None else packed
+
+
+def _checked_nm(mask: Tensor, pattern: str) -> PackedNM | None:
     found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if found is None or not 0 < int(found[1]) <= int(found[2]):
-        raise SparsePropError(f"pattern must read 'N:M' with 0 < N <= M, such as '2:4', got {pattern!r}.")
+        raise SparsePropError(
+            f"pattern must read 'N:M' with 0 < N <= M, such as '2:4', or 'auto', got {pattern!r}."
+        )
     kept, of = int(found[1]), int(found[2])
     rows, channels = mask.shape[0], mask.shape[1]
     ragged = -channels % of  # a last group that is too short counts as filled up with zeros
     by_channel = nn.functional.pad(mask.reshape(rows, channels, -1).transpose(1, 2), (0, ragged))
-    crowded = (by_channel.reshape(rows, -1, of).sum(-1) > kept).sum().item()
+    counts = by_channel.reshape(rows, -1, of).sum(-1)
+    crowded = (counts > kept).sum().item()
     if crowded:
         raise SparsePropError(
             f"the weight is not {pattern}: {crowded} groups of {of} consecutive input channels keep more "
             f"than {kept}; prune it to {pattern} first or leave `pattern` out."
         )
+    exact = not ragged and of in PACKED_SIZES and rows * channels > 0 and bool((counts == kept).all())
+    return PackedNM.from_mask(mask, kept, of) if exact else None

@@ -1,7 +1,8 @@
 """State dicts of sparse layers: what is written, and what is accepted when loading.
 
-Written: `weight_values`, `weight_row_ptr`, `weight_col_idx`, `weight_shape`, `bias`. Accepted: that, with
-this or another pattern of the same shape, or the `weight` of the dense layer. All is checked first.
+Written: `weight_values`, the pattern (`weight_row_ptr` and `weight_col_idx`, or `weight_nm` and
+`weight_nm_bits`), `weight_shape`, `bias`. Accepted: that, with this or another pattern of the same shape in
+either form, or the `weight` of the dense layer. All is checked first.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ import torch
 from torch import Tensor
 
 from sparseprop.errors import SparsePropError
-from sparseprop.pattern import SparsityPattern
+from sparseprop.nn.storage import Pattern, buffers_of, pattern_in
 
 if TYPE_CHECKING:
     from sparseprop.nn.base import SparseLayer
 
 __all__ = ["fitted"]
-
-_INDEX_KEYS = ("weight_row_ptr", "weight_col_idx")
 
 
 def fitted(layer: SparseLayer, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def _gathered(layer: SparseLayer, own: dict[str, Any]) -> dict[str, Any]:
     weight, shape = own["weight"], layer._geometry.weight_shape
     if weight.shape != shape:
         raise SparsePropError(f"weight must have shape {shape}, got {tuple(weight.shape)} in the state dict.")
-    if layer.weight_col_idx.is_meta:
+    if layer.weight_shape.is_meta:
         raise SparsePropError(
             "a dense weight cannot be loaded into a layer on the meta device, whose pattern is not known; "
             "build the layer with `from_dense` or load a sparse state dict with assign=True."
@@ -55,11 +54,10 @@ def _gathered(layer: SparseLayer, own: dict[str, Any]) -> dict[str, Any]:
             f"{layer.nnz}; prune it to the layer's mask, or convert the dense layer with `from_dense`."
         )
     rest = {key: entry for key, entry in own.items() if key != "weight"}
-    indices = {key: getattr(layer, key) for key in (*_INDEX_KEYS, "weight_shape")}
-    return rest | indices | {"weight_values": values}
+    return rest | buffers_of(layer._held) | {"weight_shape": layer.weight_shape} | {"weight_values": values}
 
 
-def _checked(layer: SparseLayer, own: dict[str, Any]) -> SparsityPattern | None:
+def _checked(layer: SparseLayer, own: dict[str, Any]) -> Pattern | None:
     """The pattern to adopt, if it differs from the layer's; refuses entries that do not fit together."""
     shape = layer._geometry.weight_shape
     if "weight_shape" in own and tuple(own["weight_shape"].tolist()) != shape:
@@ -67,17 +65,10 @@ def _checked(layer: SparseLayer, own: dict[str, Any]) -> SparsityPattern | None:
             f"weight_shape must be {shape}, got {tuple(own['weight_shape'].tolist())} in the state dict."
         )
     _check_bias(layer, own)
-    found = [key for key in _INDEX_KEYS if key in own]
-    pattern = None
-    if found:
-        if len(found) == 1:
-            raise SparsePropError(
-                f"the state dict has {found[0]} only; a pattern needs both of {_INDEX_KEYS}."
-            )
-        row_ptr, col_idx = own["weight_row_ptr"], own["weight_col_idx"]
-        pattern = SparsityPattern(layer._geometry.out_channels, layer._geometry.cols, row_ptr, col_idx)
+    pattern = pattern_in(own, shape)
+    if pattern is not None:
         pattern.validate()
-        if not layer.weight_col_idx.is_meta and _same(pattern, layer.pattern):
+        if not layer.weight_shape.is_meta and _same(pattern, layer._held):
             pattern = None
         elif "weight_values" not in own:
             raise SparsePropError("the state dict has another pattern but no weight_values to go with it.")
@@ -102,15 +93,18 @@ def _check_bias(layer: SparseLayer, own: dict[str, Any]) -> None:
         )
 
 
-def _same(one: SparsityPattern, other: SparsityPattern) -> bool:
-    return one.row_ptr.device == other.row_ptr.device and one == other
+def _same(one: Pattern, other: Pattern) -> bool:
+    devices = [next(iter(buffers_of(pattern).values())).device for pattern in (one, other)]
+    return type(one) is type(other) and devices[0] == devices[1] and one == other
 
 
-def _resize(layer: SparseLayer, pattern: SparsityPattern) -> None:
+def _resize(layer: SparseLayer, pattern: Pattern) -> None:
     """Make room for another pattern's entries; the Parameter stays the same object."""
-    if pattern.nnz == layer.nnz:
-        return
+    wanted, held = buffers_of(pattern), buffers_of(layer._held)
+    if {key: part.shape for key, part in wanted.items()} != {key: part.shape for key, part in held.items()}:
+        device = layer.weight_shape.device
+        layer._hold({key: torch.empty_like(part, device=device) for key, part in wanted.items()})
     values = layer.weight_values
-    values.grad = None
-    values.data = values.data.new_empty(pattern.nnz)
-    layer.weight_col_idx = torch.empty_like(pattern.col_idx, device=layer.weight_col_idx.device)
+    if values.shape != (pattern.nnz,):
+        values.grad = None
+        values.data = values.data.new_empty(pattern.nnz)

@@ -63,25 +63,30 @@ def apply(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    row_ptr: Tensor,
-    col_idx: Tensor,
+    head: Tensor,
+    index: Tensor,
     geometry: Geometry,
     operator: Operator | None,
 ) -> Tensor:
-    """Any sparse layer on any input; `operator` is one made from these index tensors, if at hand."""
+    """Any sparse layer on any input.
+
+    `head` and `index` are the pattern: row pointers and column indices, or (N, M) and the bits of a packed
+    pattern. `operator` is one made from them, if at hand.
+    """
     if geometry.dims:
         if x.dim() == geometry.dims + 1:
             batch = x.unsqueeze(0)
-            return apply(batch, values, bias, row_ptr, col_idx, geometry, operator).squeeze(0)
+            return apply(batch, values, bias, head, index, geometry, operator).squeeze(0)
         if geometry.padding_mode != "zeros":
             x = functional.pad(x, geometry.functional_padding(), mode=geometry.padding_mode)
             geometry = geometry.without_padding()
-    x = _check(x, values, bias, col_idx, geometry)
+    x = _check(x, values, bias, index, geometry)
     if is_compiling() or type(x) not in _PLAIN_TYPES or type(values) not in _PLAIN_TYPES or not x.is_cpu:
-        result: Tensor = traced.contract(x, values, bias, row_ptr, col_idx, geometry.to_ints())
+        result: Tensor = traced.contract(x, values, bias, head, index, geometry.to_ints())
         return result
     if operator is None:
-        operator = operator_for(geometry, row_ptr, col_idx)
+        operator = operator_for(geometry, head, index)
+    operator.check_values(values)
     return _run(operator, operator.call_for(x), x, values, bias)
 
 
@@ -116,7 +121,7 @@ def _run(operator: Operator, call: Call, x: Tensor, values: Tensor, bias: Tensor
     return operator.forward(call, x, values, bias)
 
 
-def _check(x: Tensor, values: Tensor, bias: Tensor | None, col_idx: Tensor, geometry: Geometry) -> Tensor:
+def _check(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, geometry: Geometry) -> Tensor:
     """`x`, cast as autocast wants it, after all checks that do not need the indices' contents."""
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu") and values.dtype is torch.float32:
@@ -134,16 +139,16 @@ def _check(x: Tensor, values: Tensor, bias: Tensor | None, col_idx: Tensor, geom
         or dtype is torch.bfloat16
         or not channels_fit
         or (geometry.dims and dims != geometry.dims + 2)
-        or values.shape != col_idx.shape
+        or (index.dtype is not torch.uint8 and values.shape != index.shape)  # packed: known to the operator
         or (bias is not None and (bias.dtype is not values.dtype or bias.shape != (geometry.out_channels,)))
         or x.device != values.device
         or not (x.is_cpu or x.is_meta)
     ):
-        _refuse(x, values, bias, col_idx, geometry)
+        _refuse(x, values, bias, index, geometry)
     return x
 
 
-def _refuse(x: Tensor, values: Tensor, bias: Tensor | None, col_idx: Tensor, geometry: Geometry) -> NoReturn:
+def _refuse(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, geometry: Geometry) -> NoReturn:
     shape, channels = tuple(x.shape), geometry.in_channels
     if values.dtype not in (torch.float32, torch.float64):
         raise SparsePropError(
@@ -167,10 +172,10 @@ def _refuse(x: Tensor, values: Tensor, bias: Tensor | None, col_idx: Tensor, geo
     if x.dim() == 0 or x.shape[1 if geometry.dims else -1] != channels:
         form = f"(batch, {channels}, ...)" if geometry.dims else f"(..., {channels})"
         raise SparsePropError(f"expected {form} inputs, got shape {shape}.")
-    if values.shape != col_idx.shape:
+    if values.shape != index.shape:
         raise SparsePropError(
             f"weight values must have one entry per column index, got shapes {tuple(values.shape)} and "
-            f"{tuple(col_idx.shape)}."
+            f"{tuple(index.shape)}."
         )
     assert bias is not None
     raise SparsePropError(

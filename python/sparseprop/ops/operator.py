@@ -15,6 +15,7 @@ from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.ops.call import Call, new_call
 from sparseprop.ops.layout import PLAIN, Five, dense_strides, five_strides, lift, plain, sum_channels
+from sparseprop.packed import PackedNM
 from sparseprop.pattern import SparsityPattern
 
 __all__ = ["Operator", "operator_for"]
@@ -27,33 +28,40 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 class Operator:
     """Belongs to the index tensors as they are; if `matches` denies that, make a new one."""
 
-    def __init__(self, geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> None:
+    def __init__(self, geometry: Geometry, head: Tensor, index: Tensor) -> None:
         self.geometry = geometry
-        self.nnz = col_idx.numel()
-        self.contraction: Any = _lower(geometry, row_ptr, col_idx)
+        self.contraction: Any = _lower(geometry, head, index)
+        self.nnz: int = self.contraction.nnz
         self._backend = backend.Contraction
-        self._row_ptr, self._col_idx = weakref.ref(row_ptr), weakref.ref(col_idx)
-        self._versions = (_version(row_ptr), _version(col_idx))
+        self._head, self._index = weakref.ref(head), weakref.ref(index)
+        self._versions = (_version(head), _version(index))
         self._calls: dict[Any, Call] = {}
 
-    def matches(self, row_ptr: Tensor, col_idx: Tensor) -> bool:
+    def matches(self, head: Tensor, index: Tensor) -> bool:
         """False once an index tensor was replaced or written to, or the backend was switched."""
         return (
-            self._col_idx() is col_idx
-            and self._row_ptr() is row_ptr
+            self._index() is index
+            and self._head() is head
             and self._backend is backend.Contraction
-            and self._versions == (_version(row_ptr), _version(col_idx))
+            and self._versions == (_version(head), _version(index))
         )
 
     def require_unchanged(self) -> None:
         """Refuse a backward pass whose pattern was overwritten since; kernels may borrow it."""
-        row_ptr, col_idx = self._row_ptr(), self._col_idx()
-        if (row_ptr is not None and _version(row_ptr) != self._versions[0]) or (
-            col_idx is not None and _version(col_idx) != self._versions[1]
+        head, index = self._head(), self._index()
+        if (head is not None and _version(head) != self._versions[0]) or (
+            index is not None and _version(index) != self._versions[1]
         ):
             raise SparsePropError(
                 "the sparsity pattern was changed between forward and backward; run backward before changing "
                 "it (by load_state_dict, for example), or run forward again."
+            )
+
+    def check_values(self, values: Tensor) -> None:
+        """Refuse values of another number or form than the pattern has."""
+        if values.shape != (self.nnz,):
+            raise SparsePropError(
+                f"weight values must have shape ({self.nnz},) for this pattern, got {tuple(values.shape)}."
             )
 
     def recall(self, x: Tensor) -> Call | None:
@@ -181,23 +189,31 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # inference tensors keep no count
 
 
-def _lower(geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> Any:
-    if row_ptr.device.type != "cpu" or col_idx.device.type != "cpu":
+def _lower(geometry: Geometry, head: Tensor, index: Tensor) -> Any:
+    if head.device.type != "cpu" or index.device.type != "cpu":
         raise SparsePropError(
-            f"the pattern must be on the CPU, got {col_idx.device}; load a checkpoint or use `.to('cpu')`."
+            f"the pattern must be on the CPU, got {index.device}; load a checkpoint or use `.to('cpu')`."
         )
-    SparsityPattern(geometry.out_channels, geometry.cols, row_ptr, col_idx).validate()
+    layer = (
+        geometry.out_channels,
+        geometry.in_channels,
+        geometry.groups,
+        lift(geometry.kernel_size, 1),
+        lift(geometry.stride, 1),
+        lift(geometry.dilation, 1),
+    )
+    head, index = head.detach().contiguous(), index.detach().contiguous()
+    packed = index.dtype is torch.uint8
+    pattern: SparsityPattern | PackedNM
+    if packed:
+        pattern = PackedNM(geometry.weight_shape, head, index)
+    else:
+        pattern = SparsityPattern(geometry.out_channels, geometry.cols, head, index)
+    pattern.validate()
     try:
-        return backend.Contraction(
-            geometry.out_channels,
-            geometry.in_channels,
-            geometry.groups,
-            lift(geometry.kernel_size, 1),
-            lift(geometry.stride, 1),
-            lift(geometry.dilation, 1),
-            row_ptr.detach().contiguous().numpy(),
-            col_idx.detach().contiguous().numpy(),
-        )
+        if packed:
+            return backend.Contraction.from_nm(*layer, *head.tolist(), index.numpy())
+        return backend.Contraction(*layer, head.numpy(), index.numpy())
     except ValueError as error:
         raise SparsePropError(f"the pattern cannot be lowered: {error}") from error
 
@@ -205,10 +221,10 @@ def _lower(geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> Any:
 _known: MutableMapping[Tensor, Operator] = WeakTensorKeyDictionary()
 
 
-def operator_for(geometry: Geometry, row_ptr: Tensor, col_idx: Tensor) -> Operator:
-    """The operator of these index tensors, kept for as long as `col_idx` lives."""
-    found = _known.get(col_idx)
-    if found is not None and found.geometry == geometry and found.matches(row_ptr, col_idx):
+def operator_for(geometry: Geometry, head: Tensor, index: Tensor) -> Operator:
+    """The operator of these index tensors, kept for as long as `index` lives."""
+    found = _known.get(index)
+    if found is not None and found.geometry == geometry and found.matches(head, index):
         return found
-    made = _known[col_idx] = Operator(geometry, row_ptr, col_idx)
+    made = _known[index] = Operator(geometry, head, index)
     return made

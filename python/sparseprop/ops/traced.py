@@ -23,12 +23,13 @@ def contract(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    row_ptr: Tensor,
-    col_idx: Tensor,
+    head: Tensor,
+    index: Tensor,
     geometry: Sequence[int],
 ) -> Tensor:
     """Output of a sparse layer for an input of shape (N, C, ...), or (..., features) for Linear."""
-    operator = operator_for(Geometry.from_ints(geometry), row_ptr, col_idx)
+    operator = operator_for(Geometry.from_ints(geometry), head, index)
+    operator.check_values(values)
     return operator.forward(operator.call_for(x), x, values, bias)
 
 
@@ -37,14 +38,14 @@ def contract_backward(
     grad: Tensor,
     x: Tensor,
     values: Tensor,
-    row_ptr: Tensor,
-    col_idx: Tensor,
+    head: Tensor,
+    index: Tensor,
     geometry: Sequence[int],
     needs_input: bool,
     needs_values: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients for input and values; one that is not needed comes back empty."""
-    operator = operator_for(Geometry.from_ints(geometry), row_ptr, col_idx)
+    operator = operator_for(Geometry.from_ints(geometry), head, index)
     needs = (needs_input, needs_values, False)
     grad_x, grad_values, _ = operator.backward(operator.call_for(x), grad, x, values, needs)
     nothing = grad.new_empty(0)
@@ -58,8 +59,8 @@ def _(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    row_ptr: Tensor,
-    col_idx: Tensor,
+    head: Tensor,
+    index: Tensor,
     geometry: Sequence[int],
 ) -> Tensor:
     layer = Geometry.from_ints(geometry)
@@ -74,8 +75,8 @@ def _(
     grad: Tensor,
     x: Tensor,
     values: Tensor,
-    row_ptr: Tensor,
-    col_idx: Tensor,
+    head: Tensor,
+    index: Tensor,
     geometry: Sequence[int],
     needs_input: bool,
     needs_values: bool,
@@ -87,18 +88,18 @@ def _(
 
 
 def _save_contract(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, row_ptr, col_idx, geometry = inputs
-    ctx.save_for_backward(x, values, row_ptr, col_idx)
+    x, values, _, head, index, geometry = inputs
+    ctx.save_for_backward(x, values, head, index)
     ctx.geometry = geometry
 
 
 def _differentiate_contract(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, row_ptr, col_idx = ctx.saved_tensors
+    x, values, head, index = ctx.saved_tensors
     needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
     grad_x = grad_values = None
     if needs_x or needs_values:
         grad_x, grad_values = contract_backward(
-            grad, x, values, row_ptr, col_idx, ctx.geometry, needs_x, needs_values
+            grad, x, values, head, index, ctx.geometry, needs_x, needs_values
         )
     grad_bias = sum_channels(grad, Geometry.from_ints(ctx.geometry).dims) if needs_bias else None
     return grad_x if needs_x else None, grad_values if needs_values else None, grad_bias, None, None, None
@@ -110,8 +111,8 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate_backward(ctx: Any, grad_of_x: Tensor, grad_of_values: Tensor) -> tuple[Tensor | None, ...]:
-    grad, x, values, row_ptr, col_idx = ctx.saved_tensors
-    pattern = (row_ptr, col_idx, ctx.geometry)
+    grad, x, values, head, index = ctx.saved_tensors
+    pattern = (head, index, ctx.geometry)
     d_grad = d_x = d_values = None
     if ctx.needs_input:
         d_grad = contract(grad_of_x, values, None, *pattern)

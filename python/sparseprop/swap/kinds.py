@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from sparseprop.errors import SparsePropError
-from sparseprop.masks import NMPattern, check_nm, detect_nm
+from sparseprop.masks import NMPattern, check_nm
 from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLayer, SparseLinear
 
 __all__ = ["SPARSE_CLASS", "Facts", "facts", "is_pruned", "sparse_from_dense"]
@@ -72,14 +72,11 @@ def facts(module: nn.Module) -> Facts:
 
 
 def _checked_pattern(module: nn.Module, pattern: str | None) -> str | None:
-    """The pattern as `from_dense` takes it: N:M, or None."""
-    if pattern is None:
-        return None
+    """The pattern as `from_dense` takes it: N:M, "auto", or None."""
+    if pattern in (None, "auto"):
+        return pattern
     groups = int(getattr(module, "groups", 1))
     mask = torch.as_tensor(module.weight_mask if is_pruned(module) else module.weight).detach() != 0
-    if pattern == "auto":
-        found = detect_nm(mask, groups=groups)
-        return None if found is None else f"{found.n}:{found.m}"
     wanted = NMPattern.parse(pattern)
     if wanted.transposable and not check_nm(mask, wanted.n, wanted.m, transposable=True, groups=groups):
         raise SparsePropError(

@@ -1,6 +1,5 @@
 """State dicts of models with sparse layers: to the dense form and into a fresh model."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -9,14 +8,15 @@ from torch import nn
 
 from sparseprop.errors import SparsePropError
 from sparseprop.nn import SparseLayer
-from sparseprop.pattern import SparsityPattern
+from sparseprop.nn.storage import PATTERN_KEYS, Pattern, pattern_in, plain
+from sparseprop.packed import PackedNM
 from sparseprop.swap.decide import NOT_FINITE, Candidate, check_model, survey
 from sparseprop.swap.kinds import SPARSE_CLASS
 from sparseprop.swap.replace import SWAPPED, replace_layers
 
 __all__ = ["check_patterns", "dense_state_dict", "swap_like"]
 
-_VALUES, _ROW_PTR, _COL_IDX, _SHAPE = "weight_values", "weight_row_ptr", "weight_col_idx", "weight_shape"
+_VALUES, _SHAPE = "weight_values", "weight_shape"
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -114,27 +114,30 @@ def _check_place(name: str, module: nn.Module | None, candidate: Candidate | Non
         )
 
 
-def _pattern(name: str, state: Mapping[str, torch.Tensor]) -> tuple[SparsityPattern, tuple[int, ...]]:
+def _pattern(name: str, state: Mapping[str, torch.Tensor]) -> tuple[Pattern, tuple[int, ...]]:
     """The pattern of a sparse layer in `state`, checked, and the shape of the dense weight."""
-    parts = []
-    for leaf in (_VALUES, _ROW_PTR, _COL_IDX, _SHAPE):
-        if (part := state.get(_join(name, leaf))) is None:
+    own = {
+        leaf: state[key] for leaf in (_VALUES, _SHAPE, *PATTERN_KEYS) if (key := _join(name, leaf)) in state
+    }
+    for leaf in (_VALUES, _SHAPE):
+        if leaf not in own:
             raise SparsePropError(f"Sparse layer {name!r} is incomplete: {_join(name, leaf)!r} is missing.")
-        parts.append(part)
-    values, row_ptr, col_idx, stated = parts
+    values, stated = own[_VALUES], own[_SHAPE]
     shape = tuple(stated.tolist()) if stated.dim() == 1 else ()
     if stated.dtype is not torch.int64 or len(shape) < 2 or min(shape) < 0:
         raise SparsePropError(f"Sparse layer {name!r} has a bad pattern: weight_shape is {stated.tolist()}.")
-    if values.shape != col_idx.shape:
-        raise SparsePropError(
-            f"Sparse layer {name!r} has values of shape {tuple(values.shape)} for column indices of shape "
-            f"{tuple(col_idx.shape)}."
-        )
-    pattern = SparsityPattern(shape[0], math.prod(shape[1:]), row_ptr, col_idx)
     try:
-        pattern.validate()
+        pattern = pattern_in(own, shape)
+        if pattern is not None:
+            pattern.validate()
     except SparsePropError as error:
         raise SparsePropError(f"Sparse layer {name!r} has a bad pattern: {error}") from error
+    if pattern is None:
+        raise SparsePropError(f"Sparse layer {name!r} is incomplete: its pattern is missing.")
+    if values.shape != (pattern.nnz,):
+        raise SparsePropError(
+            f"Sparse layer {name!r} has values of shape {tuple(values.shape)} for a pattern of {pattern.nnz}."
+        )
     return pattern, shape
 
 
@@ -147,7 +150,9 @@ def _sparse_like(old: nn.Module, name: str, state: Mapping[str, torch.Tensor]) -
         raise SparsePropError(
             f"Layer {name!r} has weight shape {shape} in the state dict, {wanted} in the model."
         )
-    sparse = SPARSE_CLASS[type(dense)].from_dense(dense, mask=pattern.to_mask().view(shape))
+    nm = pattern.name if isinstance(pattern, PackedNM) else None
+    mask = plain(pattern).to_mask().view(shape)
+    sparse = SPARSE_CLASS[type(dense)].from_dense(dense, mask=mask, pattern=nm)
     bias = state.get(_join(name, "bias"))
     with torch.no_grad():
         sparse.weight_values.copy_(state[_join(name, _VALUES)])

@@ -14,6 +14,7 @@ from sparseprop import dense_state_dict, swap_like
 from sparseprop.data import ImageData, load_data, mix_seed
 from sparseprop.errors import SparsePropError
 from sparseprop.nn import SparseLayer
+from sparseprop.nn.storage import PATTERN_KEYS
 from sparseprop.train.checkpoint import load_tensors
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.models import ModelSpec, build_model, default_image_size, parse_arch
@@ -24,7 +25,7 @@ from sparseprop.train.swapping import check_swap
 __all__ = ["Start", "is_file_name", "load_model", "prepare_start", "read_checkpoint"]
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_PATTERN_KEYS = ("weight_values", "weight_row_ptr", "weight_col_idx", "weight_shape")
+_SPARSE_KEYS = ("weight_values", "weight_shape", *PATTERN_KEYS)
 _CLOSE = 0.005  # as sparse as asked for, give or take the rounding of small layers
 
 
@@ -149,7 +150,7 @@ def _sparse_parts(
         sparse = swap_like(copy.deepcopy(model), dense)
         masks |= {name: m.mask for name, m in sparse.named_modules() if isinstance(m, SparseLayer)}
         layers = {name: dense_state_dict(sparse)[f"{name}.weight"] for name in masks}
-        dense = {key: value for key, value in dense.items() if key.rpartition(".")[2] not in _PATTERN_KEYS}
+        dense = {key: value for key, value in dense.items() if key.rpartition(".")[2] not in _SPARSE_KEYS}
         dense |= {f"{name}.weight": weight.detach() for name, weight in layers.items()}
     return dense, masks
 
