@@ -43,6 +43,7 @@ SMALL = Net(
 def test_twenty_steps_agree_with_the_masked_dense_model():
     found = bench_step.agreement(SMALL, 0.9)
     assert found["largest difference"] < 1e-3
+    assert found["loss after 20 steps"].keys() == {"masked dense", "sparse", "dense again"}
 
 
 def test_one_row_of_the_bench_and_its_table():
