@@ -4,24 +4,11 @@ from pathlib import Path
 
 import typer
 
-from sparseprop.cli.console import show_table
-from sparseprop.conversion import ConversionReport, LayerReport
+from sparseprop.conversion import ConversionReport
 from sparseprop.conversion.plot import write_plot
 from sparseprop.errors import SparsePropError
 
 __all__ = ["check_out", "show_report"]
-
-_COLUMNS = {
-    "layer": False,
-    "shape": False,
-    "pattern": False,
-    "was": True,
-    "density": True,
-    "retained": True,
-    "error masked": True,
-    "error fitted": True,
-    "note": False,
-}
 
 
 def check_out(out: Path, plot: Path | None) -> None:
@@ -42,28 +29,5 @@ def show_report(report: ConversionReport, out: Path, plot: Path | None, *, as_js
     if as_json:
         typer.echo(report.to_json())
         return
-    show_table(_COLUMNS, [_row(layer) for layer in report])
-    typer.echo(str(report).splitlines()[-1])
+    typer.echo(str(report))
     typer.echo(f"written to {out}" + (f" and {plot}" if plot else ""))
-
-
-def _row(layer: LayerReport) -> list[str]:
-    return [
-        layer.name or "(model)",
-        "x".join(map(str, layer.shape)),
-        layer.pattern or "-",
-        _percent(layer.density_before),
-        _percent(layer.density),
-        _percent(layer.retained),
-        _number(layer.error_masked),
-        _number(layer.error),
-        layer.reason,
-    ]
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

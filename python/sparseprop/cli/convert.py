@@ -1,7 +1,6 @@
 """``sparseprop convert``: a trained checkpoint to N:M, fitted to what its layers computed before."""
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 import sparseprop
 from sparseprop.cli.console import guarded
 from sparseprop.cli.conversion import check_out, show_report
+from sparseprop.cli.options import Arch, AsJson, Checkpoint, ImageSize, Out, Pattern, Plot
 from sparseprop.conversion import ConvertProgress
 from sparseprop.data import ImageData, batch_order, in_order, load_data
 from sparseprop.errors import SparsePropError
@@ -23,14 +23,12 @@ __all__ = ["convert"]
 
 @guarded
 def convert(
-    checkpoint: Annotated[str, typer.Argument(help="A .safetensors or .pt file, or the folder of a run.")],
-    pattern: Annotated[str, typer.Option(help="2:4, 4:8T (transposable), auto:8 (by sparsity) and so on.")],
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    checkpoint: Checkpoint,
+    pattern: Pattern,
+    out: Out,
     data: Annotated[str, typer.Option(help="digits, mnist5k, or a folder with a subfolder per class.")],
-    arch: Annotated[
-        str | None, typer.Option(help="Architecture of a checkpoint that does not name it.")
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images.")] = None,
+    arch: Arch = None,
+    image_size: ImageSize = None,
     score: Annotated[str, typer.Option(help="magnitude, or wx2: by the inputs too.")] = "magnitude",
     reconstruct: Annotated[bool, typer.Option(help="Fit what is left by least squares.")] = True,
     sequential: Annotated[bool, typer.Option(help="Fit each layer after those before it.")] = True,
@@ -40,8 +38,8 @@ def convert(
         int | None, typer.Option(help="Batches for batch norm; by default none after a sequential fit.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the images.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="A PNG to draw.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Plot = None,
+    as_json: AsJson = False,
 ) -> None:
     """Give a trained network an N:M pattern and mend it without training, from a few batches of images."""
     if batches < 1 or batch_size < 1:

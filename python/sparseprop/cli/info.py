@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -14,6 +14,7 @@ import typer
 import sparseprop
 from sparseprop import backend
 from sparseprop.cli.console import guarded
+from sparseprop.cli.options import AsJson
 
 __all__ = ["info"]
 
@@ -22,7 +23,7 @@ _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
 
 
 @guarded
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def info(as_json: AsJson = False) -> None:
     """Show instruction sets, threads, OpenMP runtimes and versions."""
     facts: dict[str, Any] = {
         "sparseprop": sparseprop.__version__,

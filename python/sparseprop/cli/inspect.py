@@ -2,13 +2,13 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor
 
 from sparseprop.cli.console import guarded, show_table
+from sparseprop.cli.options import AsJson, Checkpoint
 from sparseprop.masks import detect_nm
 from sparseprop.nn.storage import pattern_in, plain
 from sparseprop.train.start import read_checkpoint
@@ -29,8 +29,8 @@ class _Layer:
 
 @guarded
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="A .safetensors or .pt file, or the folder of a run.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    checkpoint: Checkpoint,
+    as_json: AsJson = False,
 ) -> None:
     """List the weights of a checkpoint: shape, non-zeros, density, N:M pattern, memory."""
     tensors, note = read_checkpoint(checkpoint)

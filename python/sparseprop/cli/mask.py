@@ -1,7 +1,6 @@
 """``sparseprop mask``: the weights of a checkpoint to N:M, by magnitude alone."""
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from sparseprop.cli.console import guarded
 from sparseprop.cli.conversion import check_out, show_report
+from sparseprop.cli.options import AsJson, Checkpoint, Out, Pattern, Plot
 from sparseprop.conversion import ConversionReport, LayerReport
 from sparseprop.conversion.choice import PatternRule
 from sparseprop.errors import SparsePropError
@@ -22,12 +22,12 @@ __all__ = ["mask"]
 
 @guarded
 def mask(
-    checkpoint: Annotated[str, typer.Argument(help="A .safetensors or .pt file, or the folder of a run.")],
-    pattern: Annotated[str, typer.Option(help="2:4, 4:8T (transposable), auto:8 (by sparsity) and so on.")],
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    checkpoint: Checkpoint,
+    pattern: Pattern,
+    out: Out,
     skip: Annotated[str, typer.Option(help="Leave weights whose name matches this expression.")] = "",
-    plot: Annotated[Path | None, typer.Option(help="A PNG to draw.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Plot = None,
+    as_json: AsJson = False,
 ) -> None:
     """Keep the largest weights of each group of a checkpoint; needs neither its architecture nor data.
 

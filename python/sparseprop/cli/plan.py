@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import sparseprop
 from sparseprop.cli.console import guarded
+from sparseprop.cli.options import Arch, AsJson, ImageSize, MinSparsity, Model, Sparsity
 from sparseprop.errors import SparsePropError
 from sparseprop.train.models import ModelSpec, default_image_size, parse_arch
 from sparseprop.train.prune import magnitude_masks, prunable_layers
@@ -20,16 +21,14 @@ __all__ = ["example_model", "plan"]
 
 @guarded
 def plan(
-    model: Annotated[str, typer.Argument(help="A timm or torchvision name, small, or a checkpoint file.")],
-    arch: Annotated[
-        str | None, typer.Option(help="Architecture of a checkpoint that does not name it.")
-    ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Prune by magnitude to this first.")] = None,
-    min_sparsity: Annotated[float | None, typer.Option(help="Swap every layer at least this sparse.")] = None,
+    model: Model,
+    arch: Arch = None,
+    sparsity: Sparsity = None,
+    min_sparsity: MinSparsity = None,
     measure: Annotated[bool, typer.Option(help="Time the layers; else a cost model estimates.")] = True,
     batch_size: Annotated[int, typer.Option(help="Images in the example.")] = 16,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    image_size: ImageSize = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say which layers of a model would become sparse, and why."""
     built, example = example_model(model, arch, sparsity, batch_size, image_size)

@@ -8,6 +8,7 @@ import typer
 
 import sparseprop
 from sparseprop.cli.console import guarded
+from sparseprop.cli.options import Arch, AsJson, ImageSize, MinSparsity, Model, Sparsity
 from sparseprop.cli.plan import example_model
 
 __all__ = ["profile"]
@@ -15,19 +16,17 @@ __all__ = ["profile"]
 
 @guarded
 def profile(
-    model: Annotated[str, typer.Argument(help="A timm or torchvision name, small, or a checkpoint file.")],
-    arch: Annotated[
-        str | None, typer.Option(help="Architecture of a checkpoint that does not name it.")
-    ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Prune by magnitude to this first.")] = None,
-    min_sparsity: Annotated[float | None, typer.Option(help="Swap every layer at least this sparse.")] = None,
+    model: Model,
+    arch: Arch = None,
+    sparsity: Sparsity = None,
+    min_sparsity: MinSparsity = None,
     batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 16,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images.")] = None,
+    image_size: ImageSize = None,
     steps: Annotated[int, typer.Option(help="How many steps are watched.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads to use; by default torch's choice.")] = None,
     top: Annotated[int | None, typer.Option(help="Print the layers that cost most only.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the profile into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say where a training step's time goes: layer by layer, dense and sparse side by side."""
     if threads is not None:
