@@ -32,19 +32,21 @@ class NativeNorm(nn.modules.batchnorm._BatchNorm):
 
     cap = 0.0
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`batch_norm(input)`, plus `residual`, through the activation if there is one."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, cap: float | None = None) -> Tensor:
+        """`batch_norm(input)`, plus `residual`, through the activation of `cap`, else the module's own."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training = self.training or (self.running_mean is None and self.running_var is None)
         track = self.training and self.track_running_stats
         # A ReLU that cannot be marked as done is left to the module behind: two of them are as good as one,
         # but the second may work in place, on what the first has kept for its backward pass.
         can_mark = type(input) is Tensor and not torch.compiler.is_compiling()
-        spec = NormSpec(training, self._count() if track else 0.0, self.eps, self.cap if can_mark else 0.0)
+        own = self.cap if can_mark else 0.0
+        momentum = self._count() if track else 0.0
+        spec = NormSpec(training, momentum, self.eps, own if cap is None else cap)
         statistics = (self.running_mean, self.running_var)
         running = statistics if track or not training else (None, None)
         out = batch_norm(input, running, self.weight, self.bias, spec, residual)
-        if self.cap and can_mark:
+        if cap is None and own:
             setattr(out, _DONE, True)
         return out
 

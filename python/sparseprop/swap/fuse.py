@@ -1,8 +1,9 @@
-"""Make what lies between the sparse layers cheaper: native batch norm, with the ReLU behind it."""
+"""Make what lies between the sparse layers cheaper: native batch norm, with what follows it."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,6 +13,7 @@ from torch import fx, nn
 from sparseprop.errors import SparsePropError
 from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
 from sparseprop.swap.decide import check_model
+from sparseprop.swap.rewrite import FUNCTION, NormCall, Rewritten, norm_calls, restore, rewrite
 
 __all__ = ["Fusion", "fuse", "plan_fusion", "unfuse"]
 
@@ -26,21 +28,24 @@ class Fusion:
 
     Attributes:
         name: of the batch norm in ``model.named_modules()``.
-        relu: name of the ReLU or ReLU6 that it takes along, None if none.
+        relu: name of the ReLU or ReLU6 that it takes along, "relu()" for a function, None if none.
         native: whether it becomes native at all.
         reason: why no ReLU, or nothing at all, in a few words; "" if both.
+        adds: whether it takes an addition along as well, of a residual connection.
     """
 
     name: str
     relu: str | None
     native: bool
     reason: str
+    adds: bool = False
 
 
 def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
     """Which batch norms of `model` can become native, and which can take the ReLU behind them along.
 
-    A ReLU is found by tracing (`torch.fx`), in the model's training mode as it is. A model that cannot be
+    A ReLU is found by tracing (`torch.fx`): a module anywhere in the model, in its training mode as it is;
+    additions and functional ReLUs in the forward of the module that owns the batch norm. What cannot be
     traced still gets native batch norms. Changes nothing.
 
     >>> plan_fusion(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))
@@ -48,12 +53,16 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
     """
     check_model(model, "fuse")
     relus, why_not = _following_relus(model)
+    calls = _own_calls(model)
     plan = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, NativeNorm):
             continue
         if type(module) not in NATIVE_NORMS or "forward" in vars(module):
             plan.append(Fusion(name, None, False, f"{type(module).__name__} is not torch's own batch norm"))
+        elif name in calls:
+            call = calls[name]
+            plan.append(Fusion(name, call.relu, True, "", call.adds))
         elif name not in relus:
             plan.append(Fusion(name, None, True, why_not or "no ReLU module alone behind it"))
         elif any(getattr(m, kind) for m in (module, model.get_submodule(relus[name])) for kind in _HOOKS):
@@ -64,10 +73,11 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
 
 
 def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
-    """Make the batch norms of `model` native, together with the ReLU behind each, as `plan_fusion` says.
+    """Make the batch norms of `model` native, with the addition and ReLU behind each, as `plan_fusion` says.
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
-    parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse.
+    parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
+    registered later on a ReLU behind an addition are not called: register them before, which prevents it.
 
     Args:
         model: any eager module, swapped or not.
@@ -86,13 +96,16 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
             continue
         norm = modules[fusion.name]
         norm.__class__ = NATIVE_NORMS[type(norm)]
-        if fusion.relu is not None:
+        if fusion.relu in modules and not fusion.adds:
             relu = modules[fusion.relu]
             kind = _TORCH_RELUS.get(
                 type(relu), type(relu)
             )  # one that serves several batch norms is passing by now
             relu.__class__, cap = PASSING[kind]
             norm.cap = cap
+    for module in list(model.modules()):
+        if norm_calls(module):
+            rewrite(module)
     return model
 
 
@@ -107,12 +120,28 @@ def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     if not inplace:
         model = copy.deepcopy(model)
     for module in model.modules():
+        if isinstance(module, Rewritten):
+            restore(module)
         if type(module) in _TORCH_NORMS:
             vars(module).pop("cap", None)
             module.__class__ = _TORCH_NORMS[type(module)]
         elif type(module) in _TORCH_RELUS:
             module.__class__ = _TORCH_RELUS[type(module)]
     return model
+
+
+def _own_calls(model: nn.Module) -> dict[str, NormCall]:
+    """The batch norms, by name, that the module owning them calls together with what follows."""
+    found: dict[str, NormCall] = {}
+    for name, module in model.named_modules():
+        for call in norm_calls(module):
+            relu = call.relu if call.relu == FUNCTION else _join(name, call.relu)
+            found[_join(name, call.norm)] = dataclasses.replace(call, relu=relu)
+    return found
+
+
+def _join(module: str, child: str) -> str:
+    return f"{module}.{child}" if module else child
 
 
 class _Tracer(fx.Tracer):
