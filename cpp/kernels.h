@@ -104,6 +104,17 @@ struct NormKernels {
   void (*grad_apply)(const NormArgs<S>&);
 };
 
+// Max pooling of one output row of a plane: `rows` input rows from first_row on, all inside the plane; tap b of output i
+// reads column i * stride + b - padding, if that is inside. `at` are positions in the plane.
+template <class S>
+struct PoolRow {
+  const S* plane;
+  ptrdiff_t width, first_row, rows;
+  ptrdiff_t taps, stride, padding, n;
+  S* out;
+  int64_t* at;
+};
+
 template <class S>
 struct KernelsOf {
   // Index v - 1: a tile of v * lanes columns.
@@ -114,6 +125,7 @@ struct KernelsOf {
   void (*gather)(S* dst, const S* src, const uint32_t* index, ptrdiff_t n);
   Movers<S, S> move;
   NormKernels<S> planes, rows;
+  void (*max_pool_row)(const PoolRow<S>&);
 };
 
 struct Kernels {

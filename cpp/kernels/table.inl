@@ -4,6 +4,7 @@
 #include "forward.inl"
 #include "move.inl"
 #include "norm.inl"
+#include "pool.inl"
 
 namespace sparseprop {
 
@@ -27,7 +28,8 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           &Sums<V>::gather,
           {&Move<V, S, S>::copy, &Move<V, S, S>::transpose},
           norm_kernels<Norm<V, true>, S>(),
-          norm_kernels<Norm<V, false>, S>()};
+          norm_kernels<Norm<V, false>, S>(),
+          &MaxPool<V>::row};
 }
 
 template <class F32, class F64>

@@ -109,6 +109,20 @@ def transposable_nm_mask(
 
 # Activations as (outer, channels, inner), inner contiguous; float64 if wide, else float32; address 0: absent.
 # `cap` of the activation: 0 none, infinity ReLU, 6 ReLU6.
+def max_pool2d(
+    wide: bool,
+    planes: int,
+    in_size: Sequence[int],
+    out_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    x: int,
+    values: int,
+    index: int,
+) -> None:
+    """Max pooling of planes (padding at most half the kernel), and each maximum's place in its plane."""
+
 def norm_forward(
     wide: bool,
     outer: int,

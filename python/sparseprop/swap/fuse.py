@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from sparseprop.errors import SparsePropError
 from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
+from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.decide import check_model
 from sparseprop.swap.rewrite import FUNCTION, NormCall, Rewritten, norm_calls, restore, rewrite
 
@@ -75,6 +76,8 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
 def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Make the batch norms of `model` native, with the addition and ReLU behind each, as `plan_fusion` says.
 
+    2-D max pooling becomes native too.
+
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
     registered later on a ReLU behind an addition are not called: register them before, which prevents it.
@@ -104,6 +107,8 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
             relu.__class__, cap = PASSING[kind]
             norm.cap = cap
     for module in list(model.modules()):
+        if type(module) is nn.MaxPool2d:
+            module.__class__ = MaxPool2d
         if norm_calls(module):
             rewrite(module)
     return model
@@ -127,6 +132,8 @@ def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
             module.__class__ = _TORCH_NORMS[type(module)]
         elif type(module) in _TORCH_RELUS:
             module.__class__ = _TORCH_RELUS[type(module)]
+        elif type(module) is MaxPool2d:
+            cast(nn.Module, module).__class__ = nn.MaxPool2d
     return model
 
 
