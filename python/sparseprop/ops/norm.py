@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -162,22 +162,35 @@ class _BatchNorm(Function):
         signs = out if spec.cap and residual is not None and any(needs) else None
         if not spec.training:
             mean = mean.clone()  # the running mean may have moved on before the backward pass
-        ctx.save_for_backward(x, weight, bias, residual, mean, inv_std, signs)
+        # not the residual: the signs of the sum say as much, and often nobody else keeps it
+        ctx.save_for_backward(x, weight, bias, mean, inv_std, signs)
         ctx.spec, ctx.shape = spec, shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, mean, inv_std, signs = ctx.saved_tensors
-        needs, spec = ctx.needs_input_grad[:4], ctx.spec
+        x, weight, bias, mean, inv_std, signs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            tensors = [t for t, need in zip((x, weight, bias, residual), needs, strict=True) if need]
-            running = (None, None) if spec.training else (mean, inv_std**-2 - spec.eps)
-            with torch.enable_grad():
-                again = _by_torch(x, running, weight, bias, spec, residual)
-                found = iter(torch.autograd.grad(again, tensors, grad, create_graph=True))
-            return (*(next(found) if need else None for need in needs), None, None, None)
+            running = (None, None) if ctx.spec.training else (mean, inv_std**-2 - ctx.spec.eps)
+            return (*_differentiable(grad, ctx, (x, weight, bias), running, signs), None, None, None)
         return (*_backward(_like(grad, x), ctx, x, weight, bias, mean, inv_std, signs), None, None, None)
+
+
+def _differentiable(
+    grad: Tensor, ctx: Any, tensors: tuple[Any, Any, Any], running: Any, signs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients by torch's functions, to be differentiated once more."""
+    needs, spec = ctx.needs_input_grad[:4], ctx.spec
+    if signs is not None:  # the activation of a sum with a residual, which is not kept
+        passes = ~(signs <= 0) if spec.cap == torch.inf else ~(signs <= 0) & ~(signs >= spec.cap)
+        grad, spec = grad * passes, replace(spec, cap=0.0)
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=False) if need]
+    found: Any = iter(())
+    if wanted:
+        with torch.enable_grad():
+            again = _by_torch(tensors[0], running, *tensors[1:], spec, None)
+            found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
+    return *(next(found) if need else None for need in needs[:3]), grad if needs[3] else None
 
 
 _apply = cast("Callable[..., Tensor]", _BatchNorm.apply)
