@@ -76,7 +76,7 @@ class BackwardRun {
         const unsigned unit_log2 = plan_.stream.unit_log2;
         if (x == nullptr) {
           call_.kernels().forward[vectors - 1](
-              {stream.block(p, b), values_, nullptr, slab, unit_log2, grad_x + j, plan_.chunk});
+              {stream.block(p, b), values_, nullptr, slab, unit_log2, grad_x + j, plan_.chunk, false});
           continue;
         }
         call_.kernels().backward[vectors - 1](

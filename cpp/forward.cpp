@@ -4,6 +4,8 @@
 namespace sparseprop {
 namespace {
 
+constexpr int64_t kColdChunks = 4;  // walked more often than this in one call, values stay in the cache
+
 // Row groups per chunk so that every thread gets nearly the same number of (chunk, group) tasks.
 int64_t row_groups(int64_t chunks, int64_t parts) {
   const int64_t threads = omp_get_max_threads();
@@ -48,7 +50,7 @@ void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* 
         for (int64_t b = 0; b < stream.blocks(); ++b) {
           call.kernels().forward[vectors - 1]({stream.block(p, b), values, bias ? bias + part.row : nullptr,
                                         panel + plan.panel.at(j) + stream.panel_row(b) * plan.panel.row_pitch,
-                                        plan.stream.unit_log2, tile + j, plan.chunk});
+                                        plan.stream.unit_log2, tile + j, plan.chunk, plan.chunks <= kColdChunks});
         }
       }
       unpack<S, A>(call.table, grid, place_out, static_cast<A*>(out.data), part.row, part.rows, columns, tile,

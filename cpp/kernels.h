@@ -50,6 +50,7 @@ struct ForwardArgs {
   unsigned unit_log2;
   S* out;  // tile of the part: row r at out + r * out_pitch, 64-byte aligned, padded to whole vectors
   ptrdiff_t out_pitch;
+  bool cold;  // the values have probably left the cache since they were last used
 };
 
 template <class S>

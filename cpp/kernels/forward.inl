@@ -19,12 +19,13 @@ struct Forward {
   const S *all_values, *bias;
   S* all_out;
   ptrdiff_t pitch;
+  bool cold;
   Walk<S, scaled> walk;
   const S* values;  // of the next segment
   S* out;           // of the next segment
 
   SPARSEPROP_INLINE Forward(const ForwardArgs<S>& args, ptrdiff_t column)
-      : all_values(args.values), bias(args.bias), all_out(args.out + column), pitch(args.out_pitch),
+      : all_values(args.values), bias(args.bias), all_out(args.out + column), pitch(args.out_pitch), cold(args.cold),
         walk(args.stream, args.panel + column, args.unit_log2) {
     look_ahead();
   }
@@ -32,7 +33,7 @@ struct Forward {
     values = all_values + *walk.value;
     out = all_out + *walk.row * pitch;
     asm("" : "+r"(values), "+r"(out));
-    walk.prefetch(all_values);
+    if (cold) walk.prefetch(all_values);  // 6 to 9 % of a Linear of 1024x1024; in vain 2 to 8 % of a convolution
   }
   template <int fixed>
   SPARSEPROP_INLINE void run(const Run run) {
