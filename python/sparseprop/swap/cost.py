@@ -33,7 +33,7 @@ class Constants:
 
 
 # Two cores of a 2.5 GHz Cascade Lake Xeon (AVX-512), float32, two threads. Fitted to the logarithm of the
-# speed-ups of the short benchmark: right on 118 of 126 rows, wrong ones within 18 % but for 3 -> 64 7x7.
+# speed-ups of the short benchmark: right on 114 to 118 of 126, wrong ones within 18 % but for 3 -> 64 7x7.
 _CONV = (217.0, 24.0, 1.93, 1.42, 2.2, 150.0, 165.0)
 CONSTANTS = {
     "Linear": Constants(215.0, 24.0, 1.8, 1.66, 1.66, 146.0, 155.0, 256),
