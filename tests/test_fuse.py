@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 
 import pytest
 import torch
@@ -217,6 +218,41 @@ def test_functions_are_taken_along_in_either_mode():
             torch.testing.assert_close(fused.train(mode)(x, gain=gain), model.train(mode)(x, gain=gain))
     assert isinstance(fused, Functional)
     assert type(unfuse(fused)) is Functional
+
+
+class Remembers(Functional):
+    """Keeps what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = functional.relu(self.bn1(x) + x)
+        self.seen.append(self.last)
+        return self.last
+
+
+class Drops(Functional):
+    """Skips its work now and then."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if random.random() < 0.5:
+            return x
+        return functional.relu(self.bn1(x) + x)
+
+
+def test_forwards_that_do_more_than_compute_are_left_as_they_are():
+    model = fuse(Remembers())
+    assert (model.seen, hasattr(model, "last")) == ([], False)
+    out = model(torch.randn(5, 4))
+    assert out is model.last
+    assert len(model.seen) == 1
+    random.seed(1)
+    before = random.getstate()
+    model, x = fuse(Drops()), torch.randn(5, 4)
+    assert random.getstate() == before
+    assert {model(x) is x for _ in range(50)} == {True, False}
 
 
 @pytest.mark.parametrize("kind", [WritesBetween, Scaled])

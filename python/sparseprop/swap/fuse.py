@@ -15,6 +15,7 @@ from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.decide import check_model
 from sparseprop.swap.rewrite import FUNCTION, NormCall, Rewritten, norm_calls, restore, rewrite
+from sparseprop.swap.tracing import trace
 
 __all__ = ["Fusion", "fuse", "plan_fusion", "unfuse"]
 
@@ -80,7 +81,8 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
-    registered later on a ReLU behind an addition are not called: register them before, which prevents it.
+    registered later on a ReLU behind an addition are not called, and attributes that steer a module's forward
+    are read now: `unfuse` before you change either, then `fuse` again.
 
     Args:
         model: any eager module, swapped or not.
@@ -160,14 +162,9 @@ class _Tracer(fx.Tracer):
 
 def _following_relus(model: nn.Module) -> tuple[Mapping[str, str], str]:
     """For each batch norm, in all its calls followed by one ReLU module alone, the name of that module."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # whatever the model's code raises when it meets a proxy
-        return {}, f"torch.fx cannot trace the model: {type(error).__name__}"
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    graph, why_not = trace(_Tracer(), model)
+    if graph is None:
+        return {}, why_not
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, set[str | None]] = {}
     for node, norm in _calls(graph, model):

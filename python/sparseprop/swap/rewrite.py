@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from sparseprop.nn.norm import NATIVE_NORMS, NativeNorm
+from sparseprop.swap.tracing import trace
 
 __all__ = ["FUNCTION", "NormCall", "Rewritten", "norm_calls", "restore", "rewrite"]
 
@@ -63,7 +64,10 @@ class Rewritten(nn.Module):
 
 
 def norm_calls(module: nn.Module) -> tuple[NormCall, ...]:
-    """The calls in the module's own forward that `rewrite` would change; none if it cannot be traced."""
+    """The calls in the module's own forward that `rewrite` would change; none if it cannot be traced.
+
+    Nor if that forward sets attributes or draws random numbers itself: a traced one would not.
+    """
     has_norm = any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.children())
     if not has_norm or "forward" in vars(module):
         return ()
@@ -144,9 +148,7 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
     module.__class__ = getattr(kind, "_base", kind)
     module.training = training
     try:
-        return _OwnCode().trace(module)
-    except Exception:  # whatever the module's code raises when it meets a proxy
-        return None
+        return trace(_OwnCode(), module)[0]
     finally:
         module.__class__, module.training = kind, mode
 
