@@ -170,6 +170,7 @@ def render(results: Results, images: Iterable[str]) -> str:
     sections = [
         ("Contractions alone", "contraction", contractions),
         ("Uneven patterns", "pattern", patterns),
+        ("N:M", "nm", lambda rows: candidates(rows, "layer", "N:M over dense")),
         ("Threads", "threads", lambda rows: candidates(rows, "layer", "most over one")),
         ("Instruction sets", "isa", lambda rows: candidates(rows, "layer", "best over first")),
         (

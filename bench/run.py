@@ -16,7 +16,7 @@ from pathlib import Path
 import report
 
 HERE = Path(__file__).parent
-FILES = ("overhead", "contractions", "linear", "conv", "patterns", "scaling", "peers")  # peers last
+FILES = ("overhead", "contractions", "linear", "conv", "patterns", "nm", "scaling", "peers")  # peers last
 
 
 def command(form: str, target: Path, files: list[str], pins: list[str]) -> list[str]:

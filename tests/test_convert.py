@@ -235,7 +235,7 @@ def test_a_report_prints_and_round_trips():
     lines = str(report).splitlines()
     assert lines[0].split() == [
         *("layer", "kind", "shape", "pattern", "was", "density"),
-        *("retained", "masked", "fitted", "note"),
+        *("retained", "error", "masked", "error", "fitted", "note"),
     ]
     assert "3 inputs per group, fewer than 4" in lines[1]
     assert lines[-1] == "3 of 4 layers converted to 2:4 by magnitude; batch norm measured on 4 batches"

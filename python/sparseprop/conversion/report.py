@@ -13,7 +13,10 @@ from sparseprop.errors import SparsePropError
 __all__ = ["ConversionReport", "LayerReport"]
 
 _FORMAT = 1
-_HEADER = ("layer", "kind", "shape", "pattern", "was", "density", "retained", "masked", "fitted", "note")
+_HEADER = (
+    *("layer", "kind", "shape", "pattern", "was", "density", "retained"),
+    *("error masked", "error fitted", "note"),
+)
 _RIGHT_ALIGNED = {4, 5, 6, 7, 8}
 
 
@@ -68,8 +71,8 @@ class ConversionReport:
 
     >>> layer = LayerReport("fc", "Linear", (8, 8), "2:4", 1.0, 0.5, 0.77, 0.2, 0.1, "")
     >>> print(ConversionReport("2:4", "magnitude", (layer,)))
-    layer  kind    shape  pattern      was  density  retained  masked  fitted  note
-    fc     Linear  8x8    2:4      100.0 %   50.0 %    77.0 %  0.2000  0.1000
+    layer  kind    shape  pattern      was  density  retained  error masked  error fitted  note
+    fc     Linear  8x8    2:4      100.0 %   50.0 %    77.0 %        0.2000        0.1000
     1 of 1 layers converted to 2:4 by magnitude
     """
 
