@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "nm.h"
+#include "packed.h"
 #include "schedule.h"
 
 namespace sparseprop {

@@ -2,38 +2,16 @@
 
 import copy
 import pickle
-import random
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 import sparseprop
 from checks import LAYOUTS
+from fuse_cases import network
 from sparseprop import SparsePropError, fuse, plan_fusion, unfuse
 from sparseprop.nn.norm import BatchNorm2d, PassingReLU6
-from sparseprop.train._torchvision import import_timm, import_torchvision_models
-
-
-class Block(nn.Module):
-    """One ReLU module after two batch norms and after an addition, as in a ResNet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3))
-        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(8) for _ in range(3))
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        return self.relu(self.bn3(self.conv3(y)) + x)
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(Block(), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), Block()).double()
 
 
 def test_the_plan_says_what_is_fused_and_why_not():
@@ -176,128 +154,3 @@ def test_refusals():
         fuse(3)
     with pytest.raises(SparsePropError, match=r"unfuse expects a torch\.nn\.Module, got int"):
         unfuse(3)
-
-
-class Functional(nn.Module):
-    """Functions instead of modules, dropout that follows the mode, and a residual that is itself a match."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn1, self.bn2 = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
-
-    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
-        y = functional.relu(self.bn1(x))
-        z = functional.dropout(gain * y, 1.0, self.training)
-        return torch.add(y, self.bn2(z)).relu()
-
-
-class WritesBetween(Functional):
-    """The norm's input changes before the addition."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x * 2
-        z = self.bn2(y)
-        y.mul_(3)
-        return functional.relu(z + y)
-
-
-class Scaled(Functional):
-    """An addition that is more than one, and one of a number."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.relu(torch.add(self.bn1(x), x, alpha=2)) + functional.relu(self.bn2(x) + 1)
-
-
-def test_functions_are_taken_along_in_either_mode():
-    model = Functional()
-    assert [(f.relu, f.adds) for f in plan_fusion(model)] == [("relu()", False), ("relu()", True)]
-    fused = fuse(model, inplace=False)
-    x = torch.randn(5, 4)
-    for mode in (True, False):
-        for gain in (1.0, 0.5):
-            torch.testing.assert_close(fused.train(mode)(x, gain=gain), model.train(mode)(x, gain=gain))
-    assert isinstance(fused, Functional)
-    assert type(unfuse(fused)) is Functional
-
-
-class Remembers(Functional):
-    """Keeps what it computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[torch.Tensor] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.last = functional.relu(self.bn1(x) + x)
-        self.seen.append(self.last)
-        return self.last
-
-
-class Drops(Functional):
-    """Skips its work now and then."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if random.random() < 0.5:
-            return x
-        return functional.relu(self.bn1(x) + x)
-
-
-def test_forwards_that_do_more_than_compute_are_left_as_they_are():
-    model = fuse(Remembers())
-    assert (model.seen, hasattr(model, "last")) == ([], False)
-    out = model(torch.randn(5, 4))
-    assert out is model.last
-    assert len(model.seen) == 1
-    random.seed(1)
-    before = random.getstate()
-    model, x = fuse(Drops()), torch.randn(5, 4)
-    assert random.getstate() == before
-    assert {model(x) is x for _ in range(50)} == {True, False}
-
-
-@pytest.mark.parametrize("kind", [WritesBetween, Scaled])
-def test_other_code_is_left_as_it_is(kind):
-    model = kind()
-    assert not any(fusion.adds for fusion in plan_fusion(model))
-    x = torch.randn(5, 4)
-    torch.testing.assert_close(fuse(model, inplace=False)(x), model(x))
-
-
-def test_a_hook_on_the_relu_behind_an_addition_prevents_it():
-    block, seen = Block(), []
-    block.relu.register_forward_hook(lambda *_: seen.append(1))
-    assert not any(fusion.adds for fusion in plan_fusion(block))
-    fuse(block)(torch.randn(2, 8, 4, 4))
-    assert len(seen) == 3
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_of_fused_blocks_are_fused_and_independent(copied):
-    fused = fuse(network())
-    twin = copied(fused)
-    assert [type(m) for m in twin.modules()] == [type(m) for m in fused.modules()]
-    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
-    assert torch.equal(twin(x), fused(x))
-    with torch.no_grad():
-        twin[0].bn3.weight.zero_()
-    assert not torch.equal(twin(x), fused(x))
-
-
-@pytest.mark.parametrize(
-    ("library", "name", "adds"), [("torchvision", "resnet18", 8), ("timm", "resnet26", 8)]
-)
-def test_residual_blocks_of_public_networks_are_recognised(library, name, adds):
-    if library == "timm":
-        model = import_timm().create_model(name, num_classes=5)
-    else:
-        model = getattr(import_torchvision_models(), name)(num_classes=5)
-    assert sum(fusion.adds for fusion in plan_fusion(model)) == 8
-    model.double()
-    fused, x = fuse(model, inplace=False), torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    found = []
-    for form in (model, fused):
-        out = form(x)
-        out.square().sum().backward()
-        found.append([out, *(parameter.grad for parameter in form.parameters())])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)

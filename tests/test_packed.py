@@ -253,3 +253,27 @@ def test_values_of_another_length_are_refused(backend):
 def test_masks_of_another_pattern_cannot_be_packed(n, m, message):
     with pytest.raises(SparsePropError, match=message):
         PackedNM.from_mask(nm_mask(torch.rand(4, 32), 2, 4), n, m)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0)])
+def test_a_packed_pattern_of_no_weights_is_refused(shape):
+    packed = PackedNM(shape, torch.tensor([2, 4]), torch.zeros(shape[0], 0, dtype=torch.uint8))
+    with pytest.raises(SparsePropError, match="needs a weight"):
+        packed.validate()
+
+
+def test_on_the_meta_device_it_still_counts_and_prints():
+    packed, _, _ = twins("linear")
+    there = copy.deepcopy(packed).to("meta")
+    assert there.nnz == packed.nnz
+    assert "nnz=144" in repr(there)
+    there.load_state_dict(packed.state_dict(), assign=True)
+    assert there.nm == "2:4"
+    assert torch.equal(there.weight, packed.weight)
+
+
+def test_the_registered_gradient_checks_its_values_too():
+    packed, _, x = twins("linear")
+    pattern = (packed.weight_nm, packed.weight_nm_bits, packed._geometry.to_ints())
+    with pytest.raises(SparsePropError, match=r"must have shape \(144,\)"):
+        torch.ops.sparseprop.contract_backward(torch.ones(5, 9), x, torch.ones(7), *pattern, True, True)

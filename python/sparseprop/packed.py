@@ -100,9 +100,9 @@ class PackedNM:
             columns.sort(axis=1)
         row_ptr = torch.arange(self.rows + 1) * columns.shape[1]
         cols = math.prod(self.weight_shape[1:])
-        return SparsityPattern(
-            self.rows, cols, row_ptr, torch.from_numpy(columns.reshape(-1).astype(np.int32))
-        )
+        col_idx = torch.from_numpy(columns.reshape(-1).astype(np.int32))
+        device = self.bits.device
+        return SparsityPattern(self.rows, cols, row_ptr.to(device), col_idx.to(device))
 
     def validate(self) -> None:
         """Raise SparsePropError, naming what is wrong, unless the bits are fit for a kernel."""
@@ -112,6 +112,8 @@ class PackedNM:
                 f"nm must be the int64 pair (N, M), got {nm.dtype} of shape {tuple(nm.shape)}."
             )
         n, m = nm.tolist()
+        if not math.prod(self.weight_shape):
+            raise SparsePropError(f"a packed pattern needs a weight, got one of shape {self.weight_shape}.")
         if m not in PACKED_SIZES or not 0 < n <= m or self.weight_shape[1] % m:
             raise SparsePropError(
                 f"N:M must have M of {PACKED_SIZES} that divides {self.weight_shape[1]} input channels, and "
@@ -134,7 +136,7 @@ class PackedNM:
     def _places(self) -> npt.NDArray[np.uint8]:
         width = _width(int(self.nm[1]))
         digits = np.unpackbits(
-            self.bits.numpy(), axis=1, count=self._entries() * width, bitorder="little"
+            self.bits.cpu().numpy(), axis=1, count=self._entries() * width, bitorder="little"
         ).reshape(self.rows, -1, width)
         places: npt.NDArray[np.uint8] = (digits << np.arange(width, dtype=np.uint8)).sum(-1, dtype=np.uint8)
         return places

@@ -129,7 +129,7 @@ class SparseLayer(nn.Module):
     def nm(self) -> str | None:
         """The N:M of a layer whose pattern is packed, such as `"2:4"`, else None."""
         held = self._held
-        return held.name if isinstance(held, PackedNM) else None
+        return held.name if isinstance(held, PackedNM) and not held.nm.is_meta else None
 
     @property
     def _held(self) -> Pattern:
@@ -152,7 +152,7 @@ class SparseLayer(nn.Module):
     @property
     def nnz(self) -> int:
         """Number of weights in the pattern."""
-        return self._held.nnz
+        return self.weight_values.numel() if self.weight_shape.is_meta else self._held.nnz
 
     @property
     def density(self) -> float:

@@ -14,11 +14,10 @@ from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.ops import eager, traced
 from sparseprop.ops.call import DTYPE_CODES, Call
+from sparseprop.ops.eligible import PLAIN_TYPES
 from sparseprop.ops.operator import Operator, operator_for
 
 __all__ = ["Operator", "apply", "apply_again", "operator_for", "sparse_conv", "sparse_linear"]
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def sparse_linear(
@@ -81,7 +80,7 @@ def apply(
             x = functional.pad(x, geometry.functional_padding(), mode=geometry.padding_mode)
             geometry = geometry.without_padding()
     x = _check(x, values, bias, index, geometry)
-    if is_compiling() or type(x) not in _PLAIN_TYPES or type(values) not in _PLAIN_TYPES or not x.is_cpu:
+    if is_compiling() or type(x) not in PLAIN_TYPES or type(values) not in PLAIN_TYPES or not x.is_cpu:
         result: Tensor = traced.contract(x, values, bias, head, index, geometry.to_ints())
         return result
     if operator is None:
@@ -102,8 +101,8 @@ def apply_again(operator: Operator, x: Tensor, values: Tensor, bias: Tensor | No
         or values.numel() != operator.nnz
         or (bias is not None and (bias.dtype is not call.wide or bias.numel() != call.channels))
         or not (x.is_cpu and values.is_cpu)
-        or type(x) not in _PLAIN_TYPES
-        or type(values) not in _PLAIN_TYPES
+        or type(x) not in PLAIN_TYPES
+        or type(values) not in PLAIN_TYPES
         or x.dtype is torch.bfloat16
         or torch.is_autocast_enabled("cpu")
     ):

@@ -8,14 +8,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
-from torch.compiler import is_compiling
+from torch.autograd import Function
 from torch.nn import functional
 
-__all__ = ["NormSpec", "batch_norm"]
+from sparseprop.ops.eligible import kernels_may_read
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_DTYPES = (torch.float32, torch.float64)
+__all__ = ["NormSpec", "batch_norm"]
 
 
 @dataclass(frozen=True)
@@ -100,16 +98,10 @@ def _native(
     x: Tensor, shape: Shape, running: Any, weight: Any, bias: Any, spec: NormSpec, residual: Any
 ) -> bool:
     """Whether the kernel can do what is asked for, and torch would not refuse it."""
-    from sparseprop import backend
-
     per_channel = [t for t in (*running, weight, bias) if t is not None]
     tensors = [x, *per_channel] if residual is None else [x, residual, *per_channel]
     return (
-        backend.name == "native"
-        and not is_compiling()
-        and forward_ad._current_level < 0
-        and x.dtype in _DTYPES
-        and all(type(t) in _PLAIN_TYPES and t.dtype is x.dtype and t.is_cpu for t in tensors)
+        kernels_may_read(*tensors)
         and all(t.shape == (shape[1],) and t.is_contiguous() for t in per_channel)
         and (residual is None or residual.shape == x.shape)
         and (running[0] is None) == (running[1] is None)

@@ -7,14 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
-from torch.compiler import is_compiling
+from torch.autograd import Function
 from torch.nn import functional
+
+from sparseprop.ops.eligible import kernels_may_read
 
 __all__ = ["PoolSpec", "max_pool2d"]
 
 Pair = tuple[int, int]
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,9 @@ def max_pool2d(x: Tensor, spec: PoolSpec) -> Tensor:
 
 
 def _native(x: Tensor, spec: PoolSpec) -> bool:
-    from sparseprop import backend
-
     return (
-        backend.name == "native"
-        and not is_compiling()
-        and forward_ad._current_level < 0
+        kernels_may_read(x)
         and x.dim() == 4
-        and type(x) in _PLAIN_TYPES
-        and x.is_cpu
-        and x.dtype in (torch.float32, torch.float64)
         and x.is_contiguous()
         and not x.is_neg()
         and x.numel() > 0

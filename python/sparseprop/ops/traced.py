@@ -46,6 +46,7 @@ def contract_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients for input and values; one that is not needed comes back empty."""
     operator = operator_for(Geometry.from_ints(geometry), head, index)
+    operator.check_values(values)
     needs = (needs_input, needs_values, False)
     grad_x, grad_values, _ = operator.backward(operator.call_for(x), grad, x, values, needs)
     nothing = grad.new_empty(0)

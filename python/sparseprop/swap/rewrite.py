@@ -166,7 +166,8 @@ def _matches(module: nn.Module, training: bool) -> Iterator[_Match]:
             continue
         match = _Match(NormCall(str(node.target), relu, add is not None), node, add, last)
         wanted = isinstance(match.other(), fx.Node) or (add is None and relu == FUNCTION)  # else PassingReLU
-        if wanted and not any(_writes(step, module) for step in _between(node, last) if step is not add):
+        moved_past = [step for step in _between(node, last) if step is not add]
+        if wanted and not any(_writes(step, module) or step.target == node.target for step in moved_past):
             yield match
 
 

@@ -1,4 +1,4 @@
-#include "nm.h"
+#include "packed.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -42,6 +42,19 @@ class Places {
   unsigned bits_, word_ = 0, held_ = 0;
 };
 
+// Marks a group's kept weights in `keeps`, which is laid out as the flat weight: place, then tap.
+void mark_group(Places& places, const PackedNM& p, int64_t taps, std::vector<uint8_t>& keeps, int64_t row) {
+  std::fill(keeps.begin(), keeps.end(), 0);
+  for (int64_t t = 0; t < taps; ++t) {
+    for (int64_t n = 0, before = -1; n < p.kept; ++n) {
+      const int64_t place = places.next();
+      if (place <= before) fail("places in a group of row " + std::to_string(row) + " do not increase.");
+      keeps[place * taps + t] = 1;
+      before = place;
+    }
+  }
+}
+
 }  // namespace
 
 Csr unpack_nm(const Layer& layer, const PackedNM& p) {
@@ -50,19 +63,11 @@ Csr unpack_nm(const Layer& layer, const PackedNM& p) {
   Csr csr;
   csr.row_ptr.resize(layer.out_channels + 1);
   csr.col_idx.reserve(layer.out_channels * groups * taps * p.kept);
-  std::vector<uint8_t> keeps(p.of * taps);  // of one group, as the flat weight has it
+  std::vector<uint8_t> keeps(p.of * taps);
   for (int64_t r = 0; r < layer.out_channels; ++r) {
     Places places(p.bits + r * p.row_bytes, bits);
     for (int64_t g = 0; g < groups; ++g) {
-      std::fill(keeps.begin(), keeps.end(), 0);
-      for (int64_t t = 0; t < taps; ++t) {
-        for (int64_t n = 0, before = -1; n < p.kept; ++n) {
-          const int64_t place = places.next();
-          if (place <= before) fail("places in a group of row " + std::to_string(r) + " do not increase.");
-          keeps[place * taps + t] = 1;
-          before = place;
-        }
-      }
+      mark_group(places, p, taps, keeps, r);
       for (int64_t k = 0; k < p.of * taps; ++k) {
         if (keeps[k]) csr.col_idx.push_back(static_cast<int32_t>(g * p.of * taps + k));
       }
