@@ -80,11 +80,11 @@ struct Movers {
                     ptrdiff_t cols);
 };
 
-// Batch norm over `rows` runs of `n` adjacent elements, `pitch` apart. Planes: one channel, parameters are single
-// numbers. Rows: element i is channel i, parameters are arrays of n.
+// Batch norm over `rows` runs of `channels` * `n` adjacent elements, `pitch` apart. Planes: n elements of each channel
+// one after the other. Rows: n is 1. Parameters are arrays of `channels`.
 template <class S>
 struct NormArgs {
-  ptrdiff_t rows, pitch, n;
+  ptrdiff_t rows, pitch, channels, n;
   S cap;  // 0: no activation; infinity: ReLU; else ReLU that stops there, as ReLU6
   const S* x;
   const S* other;  // forward: what is added before the activation; backward: the output; or null
@@ -96,9 +96,10 @@ struct NormArgs {
   const S *scale_grad, *slope, *offset;  // grad_apply: g * scale_grad [+ (x - mean) * slope + offset if slope]
 };
 
-// sums and grad_sums add to doubles, one per channel; scratch is 2 * n (rows only).
+// sums and grad_sums add to doubles, one per channel.
 template <class S>
 struct NormKernels {
+  ptrdiff_t scratch_per_channel;  // elements
   void (*sums)(const NormArgs<S>&, double* sum, double* squares, S* scratch);
   void (*apply)(const NormArgs<S>&);
   void (*grad_sums)(const NormArgs<S>&, double* sum, double* product, S* scratch);

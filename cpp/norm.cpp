@@ -14,6 +14,9 @@ namespace {
 
 constexpr int64_t kSerial = 1 << 15;  // elements below which starting threads costs more than it saves
 constexpr int64_t kSplits = 16;       // partial sums of rows: a fixed number, so that threads do not change results
+// Elements of adjacent planes that one task reads in a row: memory is read page by page however small the planes are
+// (2048 planes of 7x7, batch 32, forward and backward: 31 -> 9.5 ms), and what is read twice stays in the cache.
+constexpr int64_t kRun = 1024;
 
 template <class S>
 const KernelsOf<S>& table();
@@ -55,11 +58,12 @@ template <class T>
 T* moved(T* p, int64_t by) { return p ? p + by : nullptr; }
 
 template <class S>
-NormArgs<S> slice(const NormShape& shape, const NormArgs<S>& all, int64_t start, int64_t rows) {
+NormArgs<S> slice(const NormShape& shape, const NormArgs<S>& all, int64_t start, int64_t rows, int64_t channels) {
   NormArgs<S> a = all;
   a.rows = rows;
   a.pitch = shape.channels * shape.inner;
-  a.n = shape.inner == 1 ? shape.channels : shape.inner;
+  a.channels = channels;
+  a.n = shape.inner;
   a.x = moved(a.x, start);
   a.other = moved(a.other, start);
   a.grad = moved(a.grad, start);
@@ -73,7 +77,7 @@ struct Rows {
   int64_t begin(int64_t split) const { return shape.outer * split / kSplits; }
   template <class S>
   NormArgs<S> part(const NormArgs<S>& all, int64_t split) const {
-    return slice(shape, all, begin(split) * shape.channels, begin(split + 1) - begin(split));
+    return slice(shape, all, begin(split) * shape.channels, begin(split + 1) - begin(split), shape.channels);
   }
   // Two sums per channel; `kernel(args, one, two, scratch)` adds its share.
   template <class S, class Kernel>
@@ -81,7 +85,7 @@ struct Rows {
     const int64_t n = shape.channels;
     std::vector<double> sums(2 * n * kSplits, 0.0);
     run(kSplits, parallel, [&](int64_t i) {
-      std::vector<S> scratch(2 * n);
+      std::vector<S> scratch(table<S>().rows.scratch_per_channel * n);
       kernel(part(all, i), sums.data() + 2 * n * i, sums.data() + 2 * n * i + n, scratch.data());
     });
     for (int64_t i = 1; i < kSplits; ++i)
@@ -89,6 +93,18 @@ struct Rows {
     return sums;
   }
 };
+
+// Runs task(args, first channel, sums of its channels, scratch) for groups of adjacent planes.
+template <class S, class Task>
+void run_planes(const NormShape& shape, const NormArgs<S>& all, bool parallel, Task task) {
+  const int64_t group = std::max<int64_t>(1, kRun / shape.inner), tasks = (shape.channels + group - 1) / group;
+  run(tasks, parallel, [&](int64_t i) {
+    const int64_t first = i * group, channels = std::min(group, shape.channels - first);
+    std::vector<double> sums(2 * channels, 0.0);
+    std::vector<S> scratch(table<S>().planes.scratch_per_channel * channels);
+    task(slice(shape, all, first * shape.inner, shape.outer, channels), first, sums.data(), scratch.data());
+  });
+}
 
 template <class S>
 void finish_stats(const NormForward<S>& call, int64_t c, double count, double sum, double squares, double close) {
@@ -105,7 +121,7 @@ void norm_forward(const NormShape& shape, const NormForward<S>& call) {
   const int64_t channels = shape.channels, count = shape.outer * shape.inner;
   const bool parallel = count * channels > kSerial;
   Channels<S> per(channels, call.training);
-  std::vector<S> close(call.x, call.x + (shape.inner == 1 ? channels : 0));  // the first row is near the mean
+  std::vector<S> close(call.x, call.x + channels);  // numbers near the means, as any element of the channel is
   NormArgs<S> all{};
   all.cap = static_cast<S>(shape.cap);
   all.x = call.x;
@@ -126,18 +142,17 @@ void norm_forward(const NormShape& shape, const NormForward<S>& call) {
     run(kSplits, parallel, [&](int64_t i) { table<S>().rows.apply(rows.part(all, i)); });
     return;
   }
-  run(channels, parallel, [&](int64_t c) {
-    NormArgs<S> a = slice(shape, all, c * shape.inner, shape.outer);
-    const S near = *a.x;
+  run_planes(shape, all, parallel, [&](NormArgs<S> a, int64_t first, double* sums, S* scratch) {
+    const int64_t end = first + a.channels;
     if (call.training) {
-      double sum = 0, squares = 0;
-      a.mean = &near;
-      table<S>().planes.sums(a, &sum, &squares, nullptr);
-      finish_stats(call, c, double(count), sum, squares, near);
+      for (int64_t c = first; c < end; ++c) close[c] = call.x[c * shape.inner];
+      a.mean = close.data() + first;
+      table<S>().planes.sums(a, sums, sums + a.channels, scratch);
+      for (int64_t c = first; c < end; ++c, ++sums) finish_stats(call, c, double(count), sums[0], sums[a.channels], close[c]);
     }
-    affine(c);
-    per.point(a, c);
-    table<S>().planes.apply(a);  // the plane is still in the cache
+    for (int64_t c = first; c < end; ++c) affine(c);
+    per.point(a, first);
+    table<S>().planes.apply(a);  // the planes are still in the cache
   });
 }
 
@@ -174,13 +189,11 @@ void norm_backward(const NormShape& shape, const NormBackward<S>& call) {
     if (call.grad_x) run(kSplits, parallel, [&](int64_t i) { table<S>().rows.grad_apply(rows.part(all, i)); });
     return;
   }
-  run(channels, parallel, [&](int64_t c) {
-    NormArgs<S> a = slice(shape, all, c * shape.inner, shape.outer);
-    per.point(a, c);
-    a.mean = call.mean + c;
-    double sum = 0, product = 0;
-    if (sums_wanted) table<S>().planes.grad_sums(a, &sum, &product, nullptr);
-    finish(c, sum, product);
+  run_planes(shape, all, parallel, [&](NormArgs<S> a, int64_t first, double* sums, S* scratch) {
+    per.point(a, first);
+    a.mean = call.mean + first;
+    if (sums_wanted) table<S>().planes.grad_sums(a, sums, sums + a.channels, scratch);
+    for (int64_t c = 0; c < a.channels; ++c) finish(first + c, sums[c], sums[a.channels + c]);
     if (call.grad_x) table<S>().planes.grad_apply(a);
   });
 }

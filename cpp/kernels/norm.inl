@@ -1,37 +1,26 @@
 // Batch norm with what follows it (a residual addition, ReLU) in as few passes over memory as there can be.
-// Broadcast: all elements of a call belong to one channel (planes). Otherwise element i belongs to channel i.
+// Planes: runs of n elements of one channel, several channels one after the other. Rows: element i is channel i.
 #pragma once
-#include <cstring>
-
 #include "../kernels.h"
 
 namespace sparseprop {
 
-template <class V, bool Broadcast>
+template <class V, bool Planes>
 struct Norm {
   using S = typename V::scalar;
   static constexpr ptrdiff_t w = V::width;
-  static constexpr ptrdiff_t flush_rows = 32;  // float sums of so many rows go into doubles
+  static constexpr ptrdiff_t terms = Planes ? 256 * w : 32;  // of a channel, summed up before they go into doubles
+  static constexpr ptrdiff_t scratch_per_channel = Planes ? 2 * w : 2;
 
+  // sum and squares += those of x - mean
   static void sums(const NormArgs<S>& a, double* sum, double* squares, S* scratch) {
-    if (Broadcast) {
-      const V shift = V::broadcast(*a.mean);
-      for (ptrdiff_t r = 0; r < a.rows; ++r) plane_sums(a.x + r * a.pitch, a.n, shift, *a.mean, sum, squares);
-      return;
-    }
-    for (ptrdiff_t r0 = 0; r0 < a.rows; r0 += flush_rows) {
-      const ptrdiff_t end = r0 + flush_rows < a.rows ? r0 + flush_rows : a.rows;
-      clear(scratch, 2 * a.n);
-      for (ptrdiff_t r = r0; r < end; ++r) {
-        const S* x = a.x + r * a.pitch;
-        columns(a.n, [&](ptrdiff_t i, ptrdiff_t count) {
-          const V d = subtract(get(x + i, count), get(a.mean + i, count));
-          put(V::add(get(scratch + i, count), d), scratch + i, count);
-          put(V::fma(d, d, get(scratch + a.n + i, count)), scratch + a.n + i, count);
-        });
-      }
-      flush(scratch, a.n, sum, squares);
-    }
+    reduce(a, sum, squares, scratch, [&a](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c, auto add) {
+      const Param mean(a.mean + c);
+      columns(len, [&](ptrdiff_t i, ptrdiff_t count) {
+        const V d = V::keep_some(subtract(get(a.x + at + i, count), mean(i, count)), count);
+        add(i, count, d, d, d);
+      });
+    });
   }
 
   // out = act(x * scale + shift + residual)
@@ -45,93 +34,121 @@ struct Norm {
 
   // sum of g and of g * (x - mean), where g is grad where the activation let it pass; g goes to `masked` if wanted
   static void grad_sums(const NormArgs<S>& a, double* sum, double* product, S* scratch) {
-    if (!Broadcast) {
-      for (ptrdiff_t r0 = 0; r0 < a.rows; r0 += flush_rows) {
-        const ptrdiff_t end = r0 + flush_rows < a.rows ? r0 + flush_rows : a.rows;
-        clear(scratch, 2 * a.n);
-        for (ptrdiff_t r = r0; r < end; ++r) {
-          columns(a.n, [&](ptrdiff_t i, ptrdiff_t count) {
-            const ptrdiff_t at = r * a.pitch + i;
-            const V x = get(a.x + at, count), g = masked(a, at, i, x, count);
-            if (a.masked) put(g, a.masked + at, count);
-            put(V::add(get(scratch + i, count), g), scratch + i, count);
-            const V d = subtract(x, get(a.mean + i, count));
-            put(V::fma(g, d, get(scratch + a.n + i, count)), scratch + a.n + i, count);
-          });
-        }
-        flush(scratch, a.n, sum, product);
-      }
-      return;
-    }
-    const V mean = V::broadcast(*a.mean);
-    for (ptrdiff_t r = 0; r < a.rows; ++r) {
-      V one = V::zero(), two = V::zero();
-      columns(a.n, [&](ptrdiff_t i, ptrdiff_t count) {
-        const ptrdiff_t at = r * a.pitch + i;
-        const V x = get(a.x + at, count), g = masked(a, at, 0, x, count);
-        if (a.masked) put(g, a.masked + at, count);
-        one = V::add(one, g);
-        two = V::fma(g, subtract(x, mean), two);
+    reduce(a, sum, product, scratch, [&a](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c, auto add) {
+      const Param mean(a.mean + c);
+      const Gate gate(a, c);
+      columns(len, [&](ptrdiff_t i, ptrdiff_t count) {
+        const V x = get(a.x + at + i, count), g = gate(at + i, i, x, count);
+        if (a.masked) put(g, a.masked + at + i, count);
+        add(i, count, g, g, subtract(x, mean(i, count)));
       });
-      *sum += static_cast<double>(one.sum());
-      *product += static_cast<double>(two.sum());
-    }
+    });
   }
 
   // out = g * scale_grad + (x - mean) * slope + offset, without the last two if there is no slope
   static void grad_apply(const NormArgs<S>& a) {
-    for (ptrdiff_t r = 0; r < a.rows; ++r) {
-      columns(a.n, [&](ptrdiff_t i, ptrdiff_t count) {
-        const ptrdiff_t at = r * a.pitch + i, c = Broadcast ? 0 : i;
-        const V x = get(a.x + at, count), g = a.masked ? get(a.masked + at, count) : masked(a, at, c, x, count);
-        const V scale = param(a.scale_grad, c, count);
-        if (!a.slope) return put(V::mul(g, scale), a.out + at, count);
-        const V centred = subtract(x, param(a.mean, c, count));
-        const V y = V::fma(centred, param(a.slope, c, count), param(a.offset, c, count));
-        put(V::fma(g, scale, y), a.out + at, count);
-      });
-    }
+    a.slope ? grad_apply_as<true>(a) : grad_apply_as<false>(a);
   }
 
  private:
+  // A number per channel: one for a run of a plane, one for each element of a row.
+  struct Param {
+    const S* p;
+    V v;
+    explicit Param(const S* p) : p(p), v(V::broadcast(*p)) {}
+    V operator()(ptrdiff_t i, ptrdiff_t count) const { return Planes ? v : get(p + i, count); }
+  };
+
+  // The gradient where the activation let it pass. Without `other` (the output) the sign of the output is computed
+  // again, by the very operations of `apply`.
+  struct Gate {
+    const NormArgs<S>& a;
+    Param scale, shift;
+    V cap;
+    Gate(const NormArgs<S>& a, ptrdiff_t c) : a(a), scale(a.scale + c), shift(a.shift + c), cap(V::broadcast(a.cap)) {}
+    V operator()(ptrdiff_t at, ptrdiff_t i, V x, ptrdiff_t count) const {
+      const V g = get(a.grad + at, count);
+      if (!(a.cap > S(0))) return g;
+      const V y = a.other ? get(a.other + at, count) : V::fma(x, scale(i, count), shift(i, count));
+      return V::where_positive(subtract(cap, y), V::where_positive(y, g));
+    }
+  };
+
   template <bool Relu, bool Residual>
   static void apply_as(const NormArgs<S>& a) {
-    for (ptrdiff_t r = 0; r < a.rows; ++r) {
-      columns(a.n, [&](ptrdiff_t i, ptrdiff_t count) {
-        const ptrdiff_t at = r * a.pitch + i;
-        V y = affine(a, Broadcast ? 0 : i, get(a.x + at, count), count);
-        if (Residual) y = V::add(y, get(a.other + at, count));
-        if (Relu) y = V::min(V::broadcast(a.cap), V::relu(y));
-        put(y, a.out + at, count);
+    runs(a, 0, a.rows, [&a](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c) {
+      const Param scale(a.scale + c), shift(a.shift + c);
+      const V cap = V::broadcast(a.cap);
+      columns(len, [&](ptrdiff_t i, ptrdiff_t count) {
+        V y = V::fma(get(a.x + at + i, count), scale(i, count), shift(i, count));
+        if (Residual) y = V::add(y, get(a.other + at + i, count));
+        if (Relu) y = V::min(cap, V::relu(y));
+        put(y, a.out + at + i, count);
       });
+    });
+  }
+
+  template <bool Training>
+  static void grad_apply_as(const NormArgs<S>& a) {
+    runs(a, 0, a.rows, [&a](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c) {
+      const Gate gate(a, c);
+      const Param scale(a.scale_grad + c), mean(a.mean + c), slope((Training ? a.slope : a.mean) + c), offset(a.offset + c);
+      columns(len, [&](ptrdiff_t i, ptrdiff_t count) {
+        const V x = get(a.x + at + i, count);
+        const V g = a.masked ? get(a.masked + at + i, count) : gate(at + i, i, x, count);
+        if (!Training) return put(V::mul(g, scale(i, count)), a.out + at + i, count);
+        const V centred = subtract(x, mean(i, count));
+        const V y = V::fma(centred, slope(i, count), offset(i, count));
+        put(V::fma(g, scale(i, count), y), a.out + at + i, count);
+      });
+    });
+  }
+
+  // visit(where a run begins, its length, its first channel)
+  template <class Visit>
+  static inline __attribute__((always_inline)) void runs(const NormArgs<S>& a, ptrdiff_t begin, ptrdiff_t end, Visit visit) {
+    for (ptrdiff_t r = begin; r < end; ++r) {
+      if (!Planes) {
+        visit(r * a.pitch, a.channels, 0);
+        continue;
+      }
+      for (ptrdiff_t c = 0; c < a.channels; ++c) visit(r * a.pitch + c * a.n, a.n, c);
     }
   }
 
-  static inline V affine(const NormArgs<S>& a, ptrdiff_t c, V x, ptrdiff_t count) {
-    return V::fma(x, param(a.scale, c, count), param(a.shift, c, count));
-  }
-
-  // Without `other` (the output) the sign of the output is computed again, by the very operations of `apply`.
-  static inline V masked(const NormArgs<S>& a, ptrdiff_t at, ptrdiff_t c, V x, ptrdiff_t count) {
-    const V g = get(a.grad + at, count);
-    if (!(a.cap > S(0))) return g;
-    const V y = a.other ? get(a.other + at, count) : affine(a, c, x, count);
-    return V::where_positive(subtract(V::broadcast(a.cap), y), V::where_positive(y, g));
-  }
-
-  static inline void plane_sums(const S* x, ptrdiff_t n, V shift, S pad, double* sum, double* squares) {
-    V one = V::zero(), two = V::zero();
-    columns(n, [&](ptrdiff_t i, ptrdiff_t count) {
-      const V d = subtract(get(x + i, count, pad), shift);
-      one = V::add(one, d);
-      two = V::fma(d, d, two);
-    });
-    *sum += static_cast<double>(one.sum());
-    *squares += static_cast<double>(two.sum());
+  // one += first, two += second * third, for what visit(at, len, channel, add) gives to add(i, count, first, second, third)
+  template <class Visit>
+  static inline __attribute__((always_inline)) void reduce(const NormArgs<S>& a, double* one, double* two, S* scratch,
+                                                           Visit visit) {
+    const ptrdiff_t lanes = scratch_per_channel / 2, size = lanes * a.channels;
+    const ptrdiff_t step = terms / a.n > 1 ? terms / a.n : 1;
+    for (ptrdiff_t r = 0; r < a.rows; r += step) {
+      for (ptrdiff_t i = 0; i < 2 * size; ++i) scratch[i] = S(0);
+      runs(a, r, r + step < a.rows ? r + step : a.rows, [&](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c) {
+        S *s = scratch + c * lanes, *t = s + size;
+        if (!Planes) {
+          visit(at, len, c, [=](ptrdiff_t i, ptrdiff_t count, V first, V second, V third) {
+            put(V::add(get(s + i, count), first), s + i, count);
+            put(V::fma(second, third, get(t + i, count)), t + i, count);
+          });
+          return;
+        }
+        V sum = V::loadu(s), product = V::loadu(t);
+        visit(at, len, c, [&](ptrdiff_t, ptrdiff_t, V first, V second, V third) {
+          sum = V::add(sum, first);
+          product = V::fma(second, third, product);
+        });
+        sum.storeu(s);
+        product.storeu(t);
+      });
+      for (ptrdiff_t c = 0; c < a.channels; ++c) {
+        one[c] += static_cast<double>(Planes ? V::loadu(scratch + c * lanes).sum() : scratch[c]);
+        two[c] += static_cast<double>(Planes ? V::loadu(scratch + c * lanes + size).sum() : scratch[c + size]);
+      }
+    }
   }
 
   static inline V subtract(V a, V b) { return V::fma(b, V::broadcast(S(-1)), a); }
-  static inline V param(const S* p, ptrdiff_t i, ptrdiff_t count) { return Broadcast ? V::broadcast(*p) : get(p + i, count); }
 
   template <class Body>
   static inline __attribute__((always_inline)) void columns(ptrdiff_t n, Body body) {
@@ -139,27 +156,8 @@ struct Norm {
     for (; i + w <= n; i += w) body(i, w);
     if (i < n) body(i, n - i);
   }
-  static inline V get(const S* p, ptrdiff_t count, S pad = S(0)) {
-    if (count == w) return V::loadu(p);
-    S buffer[w];
-    for (ptrdiff_t i = 0; i < w; ++i) buffer[i] = i < count ? p[i] : pad;
-    return V::loadu(buffer);
-  }
-  static inline void put(V v, S* p, ptrdiff_t count) {
-    if (count == w) return v.storeu(p);
-    S buffer[w];
-    v.storeu(buffer);
-    for (ptrdiff_t i = 0; i < count; ++i) p[i] = buffer[i];
-  }
-  static inline void clear(S* p, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; ++i) p[i] = S(0);
-  }
-  static inline void flush(const S* scratch, ptrdiff_t n, double* one, double* two) {
-    for (ptrdiff_t i = 0; i < n; ++i) {
-      one[i] += static_cast<double>(scratch[i]);
-      two[i] += static_cast<double>(scratch[n + i]);
-    }
-  }
+  static inline V get(const S* p, ptrdiff_t count) { return count == w ? V::loadu(p) : V::load_some(p, count); }
+  static inline void put(V v, S* p, ptrdiff_t count) { count == w ? v.storeu(p) : v.store_some(p, count); }
 };
 
 }  // namespace sparseprop

@@ -10,7 +10,7 @@ namespace sparseprop {
 
 template <class N, class S>
 constexpr NormKernels<S> norm_kernels() {
-  return {&N::sums, &N::apply, &N::grad_sums, &N::grad_apply};
+  return {N::scratch_per_channel, &N::sums, &N::apply, &N::grad_sums, &N::grad_apply};
 }
 
 template <class V>

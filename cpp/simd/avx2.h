@@ -68,6 +68,7 @@ struct F32 {
   static F32 where_positive(F32 x, F32 g) {
     return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ), g.v)};
   }
+  static F32 keep_some(F32 x, ptrdiff_t n) { return {_mm256_and_ps(_mm256_castsi256_ps(first_lanes(n)), x.v)}; }
   static F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -121,12 +122,11 @@ struct F64 {
   static F64 loadu(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_store_pd(p, v); }
   void storeu(double* p) const { _mm256_storeu_pd(p, v); }
-  static F64 load_some(const double* p, ptrdiff_t n) {
-    return {_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_set_epi64x(3, 2, 1, 0)))};
+  static __m256i first(ptrdiff_t n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_set_epi64x(3, 2, 1, 0));
   }
-  void store_some(double* p, ptrdiff_t n) const {
-    _mm256_maskstore_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_set_epi64x(3, 2, 1, 0)), v);
-  }
+  static F64 load_some(const double* p, ptrdiff_t n) { return {_mm256_maskload_pd(p, first(n))}; }
+  void store_some(double* p, ptrdiff_t n) const { _mm256_maskstore_pd(p, first(n), v); }
   static F64 load_even(const double* p) { return {_mm256_set_pd(p[6], p[4], p[2], p[0])}; }
   // NaN stays NaN, and lets gradients pass, as in torch.
   static F64 relu(F64 x) { return {_mm256_max_pd(_mm256_setzero_pd(), x.v)}; }
@@ -134,6 +134,7 @@ struct F64 {
   static F64 where_positive(F64 x, F64 g) {
     return {_mm256_and_pd(_mm256_cmp_pd(x.v, _mm256_setzero_pd(), _CMP_NLE_UQ), g.v)};
   }
+  static F64 keep_some(F64 x, ptrdiff_t n) { return {_mm256_and_pd(_mm256_castsi256_pd(first(n)), x.v)}; }
   static F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

@@ -60,6 +60,8 @@ struct F32 {
   static F32 where_positive(F32 x, F32 g) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NLE_UQ), g.v)};
   }
+  // x with lanes from n on zero
+  static F32 keep_some(F32 x, ptrdiff_t n) { return n < width ? F32{_mm512_maskz_mov_ps(first(n), x.v)} : x; }
   static F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -133,6 +135,7 @@ struct F64 {
   static F64 where_positive(F64 x, F64 g) {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, _mm512_setzero_pd(), _CMP_NLE_UQ), g.v)};
   }
+  static F64 keep_some(F64 x, ptrdiff_t n) { return n < width ? F64{_mm512_maskz_mov_pd(first(n), x.v)} : x; }
   static F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }

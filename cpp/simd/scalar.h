@@ -43,6 +43,10 @@ struct Vec {
     for (int i = 0; i < width; ++i) r.lane[i] = To<S>::from(p[2 * i]);
     return r;
   }
+  static Vec keep_some(Vec x, ptrdiff_t n) {
+    for (ptrdiff_t i = n; i < width; ++i) x.lane[i] = S(0);
+    return x;
+  }
   // NaN stays NaN, and lets gradients pass, as in torch.
   static Vec relu(Vec x) {
     for (int i = 0; i < width; ++i) x.lane[i] = x.lane[i] <= S(0) ? S(0) : x.lane[i];
