@@ -213,17 +213,22 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="time torch.compile of both forms as well")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="count processor time; with one thread only")
+    parser.add_argument(
+        "--return-memory", action="store_true", help="without sparseprop.keep_freed_memory, for either form"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time adds up the threads' time: use it with --threads 1")
     torch.set_num_threads(options.threads)
+    kept = not options.return_memory and sparseprop.keep_freed_memory()
     options.out.mkdir(exist_ok=True, parents=True)
     rows = []
     for name in options.models.split(","):
         for sparsity in MODELS[name].wanted:
             rows.append(bench(name, MODELS[name], sparsity, options))
             about = {"isa": sparseprop.active_isa(), "threads": options.threads, "torch": torch.__version__}
+            about["freed memory kept"] = kept
             (options.out / "step.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
             (options.out / "step.md").write_text(table(rows) + "\n")
             print(table(rows[-1:]).splitlines()[-1], flush=True)

@@ -4,6 +4,7 @@ from sparseprop import masks, nn
 from sparseprop.backend import active_isa, available_isas
 from sparseprop.conversion import ConversionReport, convert
 from sparseprop.errors import SparsePropError
+from sparseprop.memory import keep_freed_memory
 from sparseprop.optim import ParameterMemory, param_groups, parameter_memory
 from sparseprop.pattern import SparsityPattern
 from sparseprop.profiling import StepProfile, profile
@@ -30,6 +31,7 @@ __all__ = [
     "dense_state_dict",
     "freeze_modules",
     "fuse",
+    "keep_freed_memory",
     "mask_modules",
     "masks",
     "nn",

@@ -10,6 +10,7 @@ from sparseprop.cli.inspect import inspect
 from sparseprop.cli.mask import mask
 from sparseprop.cli.plan import plan
 from sparseprop.cli.profile import profile
+from sparseprop.memory import keep_freed_memory
 
 __all__ = ["app", "main"]
 
@@ -26,4 +27,5 @@ for command in (finetune, plan, profile, mask, convert, inspect, info):
 
 def main() -> None:
     """The console entry point."""
+    keep_freed_memory()
     app()
