@@ -66,11 +66,18 @@ struct BackwardArgs {
   bool accumulate;  // add to dots instead of writing
 };
 
-// Moving one row or block between a tensor and a panel; In and Out may differ (bfloat16 on one side).
+// Moving rows or blocks between a tensor and a panel; In and Out may differ (bfloat16 on one side).
 // copy:      dst[r * dst.pitch + i * dst.stride] = src[r * src.pitch + i * src.stride],  r < rows, i < cols
 // transpose: dst[j * dst_pitch + i] = src[i * src_pitch + j],                            i < rows, j < cols
+// planes:    copy for each of several planes; then the `zeros` elements behind all rows of dst but the last become 0
 struct Layout2 {
   ptrdiff_t pitch, stride;
+};
+struct Layout3 {
+  ptrdiff_t plane, pitch, stride;
+};
+struct Extent3 {
+  ptrdiff_t planes, rows, cols, zeros;
 };
 
 template <class In, class Out>
@@ -78,6 +85,7 @@ struct Movers {
   void (*copy)(Out* dst, Layout2 to, const In* src, Layout2 from, ptrdiff_t rows, ptrdiff_t cols);
   void (*transpose)(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
                     ptrdiff_t cols);
+  void (*planes)(Out* dst, Layout3 to, const In* src, Layout3 from, Extent3 extent);
 };
 
 // Batch norm over `rows` runs of `channels` * `n` adjacent elements, `pitch` apart. Planes: n elements of each channel

@@ -3,6 +3,7 @@
 #pragma once
 #include "kernels.h"
 #include "lowering.h"
+#include "runs.h"
 
 namespace sparseprop {
 
@@ -10,10 +11,6 @@ namespace sparseprop {
 struct PanelShape {
   int64_t row_pitch, tile, tile_pitch;
   int64_t at(int64_t column) const { return column / tile * tile_pitch + column % tile; }
-};
-
-struct Columns {
-  int64_t begin, end;  // of the grid; begin may be negative, end beyond it: those columns are zero
 };
 
 // panel[channel, columns] = tensor (or 0 where the grid holds no data), for channels [first, first + channels).

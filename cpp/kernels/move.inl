@@ -25,6 +25,30 @@ struct Move {
     }
   }
 
+  static void planes(Out* dst, Layout3 to, const In* src, Layout3 from, Extent3 extent) {
+    for (ptrdiff_t p = 0; p < extent.planes; ++p, dst += to.plane, src += from.plane) {
+      if (p + 2 < extent.planes) {
+        ask<0>(src + 2 * from.plane, from, extent);
+        ask<1>(dst + 2 * to.plane, to, extent);
+      }
+      for (ptrdiff_t r = 0; r < extent.rows; ++r) {
+        Out* d = dst + r * to.pitch;
+        const In* s = src + r * from.pitch;
+        const ptrdiff_t n = extent.cols, zeros = r + 1 < extent.rows ? extent.zeros : 0;
+        if (from.stride == 1 && to.stride == 1) {
+          contiguous(d, s, n, zeros);
+          continue;
+        }
+        if (from.stride == 2 && to.stride == 1) {
+          every_other(d, s, n);
+        } else {
+          for (ptrdiff_t i = 0; i < n; ++i) d[i * to.stride] = To<Out>::from(s[i * from.stride]);
+        }
+        if (zeros > 0) finish(V::zero(), d + n, 0, zeros);
+      }
+    }
+  }
+
   static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
                         ptrdiff_t cols) {
     constexpr ptrdiff_t w = V::width;
@@ -51,10 +75,28 @@ struct Move {
   }
 
  private:
-  static inline void contiguous(Out* dst, const In* src, ptrdiff_t n) {
+  // Rows of a plane lie side by side, planes pages apart, where the hardware prefetcher starts anew. Inlined by force:
+  // gcc takes a function that does nothing but prefetch for one without effect, and drops the call.
+  template <int write, class T>
+  static inline __attribute__((always_inline)) void ask(const T* plane, Layout3 layout, Extent3 extent) {
+    const ptrdiff_t length = (extent.rows - 1) * layout.pitch + extent.cols * layout.stride;
+    for (ptrdiff_t i = 0; i < length; i += 64 / static_cast<ptrdiff_t>(sizeof(T))) __builtin_prefetch(plane + i, write);
+  }
+
+  static inline void contiguous(Out* dst, const In* src, ptrdiff_t n, ptrdiff_t zeros = 0) {
     ptrdiff_t i = 0;
     for (; i + V::width <= n; i += V::width) V::loadu(src + i).storeu(dst + i);
-    if (i < n) V::load_some(src + i, n - i).store_some(dst + i, n - i);
+    if (i < n) {
+      finish(V::load_some(src + i, n - i), dst + i, n - i, zeros);
+    } else if (zeros > 0) {
+      finish(V::zero(), dst + i, 0, zeros);
+    }
+  }
+
+  // Stores the last n < width elements of a row and the zeros behind them.
+  static inline void finish(V last, Out* dst, ptrdiff_t n, ptrdiff_t zeros) {
+    for (ptrdiff_t i = 0, all = n + zeros; i < all; i += V::width, last = V::zero())
+      all - i < V::width ? last.store_some(dst + i, all - i) : last.storeu(dst + i);
   }
 
   // A stride of 2 splits rows into phases: two loads and a permutation for `width` elements.

@@ -26,7 +26,7 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           &Sums<V>::zero,
           &Sums<V>::rows,
           &Sums<V>::gather,
-          {&Move<V, S, S>::copy, &Move<V, S, S>::transpose},
+          {&Move<V, S, S>::copy, &Move<V, S, S>::transpose, &Move<V, S, S>::planes},
           norm_kernels<Norm<V, true>, S>(),
           norm_kernels<Norm<V, false>, S>(),
           &MaxPool<V>::row};
@@ -37,8 +37,8 @@ constexpr Kernels make_kernels(const char* name) {
   return {name,
           kernels_of<F32>(),
           kernels_of<F64>(),
-          {&Move<F32, bf16, float>::copy, &Move<F32, bf16, float>::transpose},
-          {&Move<F32, float, bf16>::copy, &Move<F32, float, bf16>::transpose}};
+          {&Move<F32, bf16, float>::copy, &Move<F32, bf16, float>::transpose, &Move<F32, bf16, float>::planes},
+          {&Move<F32, float, bf16>::copy, &Move<F32, float, bf16>::transpose, &Move<F32, float, bf16>::planes}};
 }
 
 }  // namespace sparseprop
