@@ -35,6 +35,18 @@ class PyContraction {
                          pointer(values), pointer(bias), {pointer(out), out_strides});
   }
 
+  void forward_finished(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x,
+                        Strides x_strides, uintptr_t values, uintptr_t bias, uintptr_t out, Strides out_strides,
+                        uintptr_t mean, uintptr_t variance, uintptr_t gamma, uintptr_t beta, double eps, double cap,
+                        uintptr_t residual, Strides residual_strides) {
+    if (static_cast<DType>(dtype) == DType::bfloat16) throw std::invalid_argument("forward_finished knows no bfloat16.");
+    const py::gil_scoped_release release;
+    const Finish finish{pointer(mean), pointer(variance), pointer(gamma), pointer(beta), eps, cap,
+                        {pointer(residual), residual_strides}};
+    contraction_.forward(static_cast<DType>(dtype), {batch, in_size, padding, out_size}, {pointer(x), x_strides},
+                         pointer(values), pointer(bias), {pointer(out), out_strides}, &finish);
+  }
+
   void backward(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x,
                 Strides x_strides, uintptr_t values, uintptr_t grad_out, Strides grad_out_strides, uintptr_t grad_in,
                 Strides grad_in_strides, uintptr_t grad_values, uintptr_t grad_bias) {
@@ -108,6 +120,11 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       .def("forward", &PyContraction::forward, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),
            py::arg("padding"), py::arg("out_size"), py::arg("x"), py::arg("x_strides"), py::arg("values"),
            py::arg("bias"), py::arg("out"), py::arg("out_strides"))
+      .def("forward_finished", &PyContraction::forward_finished, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),
+           py::arg("padding"), py::arg("out_size"), py::arg("x"), py::arg("x_strides"), py::arg("values"),
+           py::arg("bias"), py::arg("out"), py::arg("out_strides"), py::arg("mean"), py::arg("variance"),
+           py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("cap"), py::arg("residual"),
+           py::arg("residual_strides"))
       .def("backward", &PyContraction::backward, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),
            py::arg("padding"), py::arg("out_size"), py::arg("x"), py::arg("x_strides"), py::arg("values"),
            py::arg("grad_out"), py::arg("grad_out_strides"), py::arg("grad_in"), py::arg("grad_in_strides"),

@@ -70,7 +70,7 @@ int64_t Contraction::storage_bytes() const {
 }
 
 void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, const void* bias,
-                          TensorRef out) {
+                          TensorRef out, const Finish* finish) {
   const int64_t element = dtype == DType::float64 ? 8 : 4;
   const int64_t lanes = choose_lanes(sizes, element, batch_last(x.strides, sizes.batch));
   const auto low = lower(Direction::forward, sizes, element, lanes);
@@ -78,13 +78,13 @@ void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const vo
   const Kernels& table = active_kernels();
   if (dtype == DType::float64) {
     run_forward<double, double>({layer_, sizes, *low, table}, x, static_cast<const double*>(values),
-                                static_cast<const double*>(bias), out, parallel);
+                                static_cast<const double*>(bias), out, finish, parallel);
   } else if (dtype == DType::float32) {
     run_forward<float, float>({layer_, sizes, *low, table}, x, static_cast<const float*>(values),
-                              static_cast<const float*>(bias), out, parallel);
+                              static_cast<const float*>(bias), out, finish, parallel);
   } else {
     run_forward<float, bf16>({layer_, sizes, *low, table}, x, static_cast<const float*>(values),
-                             static_cast<const float*>(bias), out, parallel);
+                             static_cast<const float*>(bias), out, nullptr, parallel);
   }
 }
 

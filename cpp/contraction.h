@@ -18,6 +18,15 @@ struct TensorRef {
   Strides strides;
 };
 
+// What follows a forward contraction at once: batch norm by known statistics, a residual addition, ReLU. `mean` and
+// `variance` (per output channel) and `gamma` and `beta` (or null) have the type of the values, `residual.data` (or null) the
+// output's shape. cap: 0 no activation, infinity ReLU, 6 ReLU6.
+struct Finish {
+  const void *mean, *variance, *gamma, *beta;
+  double eps, cap;
+  TensorRef residual;
+};
+
 enum class Direction { forward, backward };
 
 // A pattern ready for the kernels: one direction, one set of sizes.
@@ -43,7 +52,9 @@ class Contraction {
   int64_t storage_bytes() const;
 
   // values, bias and their gradients are float64 for float64 activations, float32 otherwise; null = absent.
-  void forward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, const void* bias, TensorRef out);
+  // With `finish` not for bfloat16.
+  void forward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, const void* bias, TensorRef out,
+               const Finish* finish = nullptr);
   void backward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, TensorRef grad_out, TensorRef grad_in,
                 void* grad_values, void* grad_bias);
 

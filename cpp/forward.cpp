@@ -1,4 +1,6 @@
 // Forward: pack a chunk of the input, run every part of the rows over its tiles, store the output tiles.
+#include <cmath>
+
 #include "run.h"
 
 namespace sparseprop {
@@ -16,10 +18,50 @@ int64_t row_groups(int64_t chunks, int64_t parts) {
   return std::max<int64_t>(1, parts);
 }
 
+// Batch norm, residual and activation on tiles that are still in the cache.
+template <class S>
+class Finisher {
+ public:
+  Finisher(const Finish& finish, int64_t channels, S* scale) : finish_(finish), scale_(scale), shift_(scale + channels) {
+    const auto *mean = static_cast<const S*>(finish.mean), *variance = static_cast<const S*>(finish.variance),
+               *gamma = static_cast<const S*>(finish.gamma), *beta = static_cast<const S*>(finish.beta);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double factor = (gamma ? gamma[c] : 1.0) / std::sqrt(variance[c] + finish.eps);
+      scale_[c] = static_cast<S>(factor);
+      shift_[c] = static_cast<S>((beta ? beta[c] : 0.0) - mean[c] * factor);
+    }
+  }
+
+  // `residual` is scratch of the tile's size.
+  void operator()(const Call<S, S>& call, Stream::Part part, Columns columns, S* tile, S* residual) const {
+    const int64_t pitch = call.low.schedule.chunk;
+    if (finish_.residual.data) {
+      const Placement place = place_output(call.sizes, call.low.grid, finish_.residual.strides);
+      pack<S, S>(call.table, call.low.grid, place, static_cast<const S*>(finish_.residual.data), part.row, part.rows, columns,
+                 residual, {pitch, pitch, pitch});
+    }
+    NormArgs<S> norm{};
+    norm.rows = 1;
+    norm.channels = part.rows;
+    norm.n = pitch;
+    norm.cap = static_cast<S>(finish_.cap);
+    norm.scale = scale_ + part.row;
+    norm.shift = shift_ + part.row;
+    norm.other = finish_.residual.data ? residual : nullptr;
+    norm.x = norm.out = tile;
+    call.kernels().planes.apply(norm);
+  }
+
+ private:
+  const Finish& finish_;
+  S *scale_, *shift_;
+};
+
 }  // namespace
 
 template <class S, class A>
-void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* bias, TensorRef out, bool parallel) {
+void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* bias, TensorRef out, const Finish* finish,
+                 bool parallel) {
   const Lowered& low = call.low;
   const Grid& grid = low.grid;
   const Schedule& plan = low.schedule;
@@ -29,7 +71,11 @@ void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* 
   const Placement place_out = place_output(call.sizes, grid, out.strides);
 
   Pieces pieces;
-  const size_t panel_at = pieces.add<S>(plan.panel_size), tile_at = pieces.add<S>(stream.max_part_rows() * plan.chunk);
+  const size_t panel_at = pieces.add<S>(plan.panel_size), tile_at = pieces.add<S>(stream.max_part_rows() * plan.chunk),
+               residual_at = pieces.add<S>(finish && finish->residual.data ? stream.max_part_rows() * plan.chunk : 0);
+  std::vector<S> scale(finish ? 2 * call.layer.out_channels : 0);
+  std::optional<Finisher<S>> finisher;
+  if (finish) finisher.emplace(*finish, call.layer.out_channels, scale.data());
   run_tasks(plan.chunks * groups, parallel, pieces.bytes(), [&](int64_t task, void* scratch) {
     const Columns columns = call.chunk(task / groups), padded = call.padded(columns);
     const int64_t width = padded.end - padded.begin;
@@ -53,14 +99,18 @@ void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* 
                                         plan.stream.unit_log2, tile + j, plan.chunk, plan.chunks <= kColdChunks});
         }
       }
+      if constexpr (std::is_same_v<S, A>) {
+        if (finisher) (*finisher)(call, part, columns, tile, at<S>(scratch, residual_at));
+      }
       unpack<S, A>(call.table, grid, place_out, static_cast<A*>(out.data), part.row, part.rows, columns, tile,
              plan.chunk);
     }
   });
 }
 
-template void run_forward(const Call<float, float>&, TensorRef, const float*, const float*, TensorRef, bool);
-template void run_forward(const Call<double, double>&, TensorRef, const double*, const double*, TensorRef, bool);
-template void run_forward(const Call<float, bf16>&, TensorRef, const float*, const float*, TensorRef, bool);
+template void run_forward(const Call<float, float>&, TensorRef, const float*, const float*, TensorRef, const Finish*, bool);
+template void run_forward(const Call<double, double>&, TensorRef, const double*, const double*, TensorRef,
+                          const Finish*, bool);
+template void run_forward(const Call<float, bf16>&, TensorRef, const float*, const float*, TensorRef, const Finish*, bool);
 
 }  // namespace sparseprop

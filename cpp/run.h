@@ -100,7 +100,8 @@ struct Gradients {
 
 // Element type A of the activations, S of values, bias and sums.
 template <class S, class A>
-void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* bias, TensorRef out, bool parallel);
+void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* bias, TensorRef out, const Finish* finish,
+                 bool parallel);
 template <class S, class A>
 void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRef grad_out, const Gradients<S>& grads,
                   bool parallel);

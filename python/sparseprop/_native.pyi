@@ -56,6 +56,33 @@ class Contraction:
         out: int,
         out_strides: Sequence[int],
     ) -> None: ...
+    def forward_finished(
+        self,
+        dtype: int,
+        batch: int,
+        in_size: Sequence[int],
+        padding: Sequence[int],
+        out_size: Sequence[int],
+        x: int,
+        x_strides: Sequence[int],
+        values: int,
+        bias: int,
+        out: int,
+        out_strides: Sequence[int],
+        mean: int,
+        variance: int,
+        gamma: int,
+        beta: int,
+        eps: float,
+        cap: float,
+        residual: int,
+        residual_strides: Sequence[int],
+    ) -> None:
+        """`forward`, then batch norm by known statistics, a residual (or 0), an activation; no bfloat16.
+
+        `cap` is 0 for no activation, infinity for ReLU, 6 for ReLU6; gamma and beta may be 0.
+        """
+
     def backward(
         self,
         dtype: int,

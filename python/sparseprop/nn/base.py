@@ -15,7 +15,7 @@ from sparseprop.geometry import Geometry
 from sparseprop.nn.convert import dense_source, finished_mask, pattern_of
 from sparseprop.nn.state import fitted
 from sparseprop.nn.storage import Pattern, buffers_of, check_shape, pattern_in, plain, store
-from sparseprop.ops import Operator, apply, apply_again
+from sparseprop.ops import Finish, Operator, apply, apply_again, apply_finished
 from sparseprop.packed import PackedNM
 from sparseprop.pattern import SparsityPattern
 
@@ -76,6 +76,21 @@ class SparseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for an input of the shape its dense twin takes."""
+        values, bias, head, index = self._operands()
+        if is_compiling() or not index.is_cpu or type(index) is not Tensor:
+            return apply(x, values, bias, head, index, self._geometry, None)
+        operator = self._operator_for(head, index)
+        out = None if self._pads_first else apply_again(operator, x, values, bias)
+        return apply(x, values, bias, head, index, self._geometry, operator) if out is None else out
+
+    def finished(self, x: Tensor, finish: Finish) -> Tensor | None:
+        """`finish` of the output, where no gradient is wanted; None if that needs more than one step."""
+        values, bias, head, index = self._operands()
+        if is_compiling() or self._pads_first or not index.is_cpu or type(index) is not Tensor:
+            return None
+        return apply_finished(self._operator_for(head, index), x, values, bias, finish)
+
+    def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         parameters, buffers = self._parameters, self._buffers  # attribute look-up of modules is slow
         values, bias = parameters.get("weight_values"), parameters.get("bias")
         if values is None or "bias" not in parameters:
@@ -84,14 +99,14 @@ class SparseLayer(nn.Module):
         head, index = buffers[head_key], buffers[index_key]
         assert head is not None
         assert index is not None
-        if is_compiling() or not index.is_cpu or type(index) is not Tensor:
-            return apply(x, values, bias, head, index, self._geometry, None)
+        return values, bias, head, index
+
+    def _operator_for(self, head: Tensor, index: Tensor) -> Operator:
         operator = self._operator
         if operator is None or not operator.matches(head, index):
             operator = Operator(self._kernel_geometry, head, index)
             object.__setattr__(self, "_operator", operator)
-        out = None if self._pads_first else apply_again(operator, x, values, bias)
-        return apply(x, values, bias, head, index, self._geometry, operator) if out is None else out
+        return operator
 
     def _hold(self, buffers: Mapping[str, Tensor]) -> None:
         store(self, buffers)

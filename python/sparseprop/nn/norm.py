@@ -11,6 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sparseprop.nn.base import SparseLayer
+from sparseprop.nn.hooks import hooked, hooks_everywhere
+from sparseprop.ops.finish import Finish
 from sparseprop.ops.norm import NormSpec, batch_norm
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "NativeNorm",
     "PassingReLU",
     "PassingReLU6",
+    "norm_behind",
 ]
 
 _DONE = "_sparseprop_relu_done"
@@ -50,6 +54,14 @@ class NativeNorm(nn.modules.batchnorm._BatchNorm):
             setattr(out, _DONE, True)
         return out
 
+    def _finish(self, residual: Tensor | None, cap: float | None) -> Finish | None:
+        """What this norm does to its input, if that is known before it has seen any of it."""
+        mean, variance = self.running_mean, self.running_var
+        if self.training or mean is None or variance is None:
+            return None
+        cap = self.cap if cap is None else cap
+        return Finish(mean, variance, self.weight, self.bias, self.eps, cap, residual)
+
     def _count(self) -> float:
         """Note one more batch; the share it has in the running statistics."""
         if self.num_batches_tracked is not None:
@@ -57,6 +69,32 @@ class NativeNorm(nn.modules.batchnorm._BatchNorm):
             if self.momentum is None:
                 return 1.0 / float(self.num_batches_tracked)
         return 0.0 if self.momentum is None else self.momentum
+
+
+def norm_behind(
+    norm: nn.Module, layer: nn.Module, x: Tensor, residual: Tensor | None = None, cap: float | None = None
+) -> Tensor:
+    """`norm(layer(x), residual, cap)`: one step in evaluation without gradients, if no hook would miss it."""
+    if isinstance(norm, NativeNorm) and isinstance(layer, SparseLayer) and _may_skip_calls(norm, layer):
+        finish = norm._finish(residual, cap)
+        out = None if finish is None else layer.finished(x, finish)
+        if out is not None:
+            if cap is None and norm.cap:
+                setattr(out, _DONE, True)
+            return out
+    y = layer(x)
+    return cast(Tensor, norm(y) if residual is None and cap is None else norm(y, residual=residual, cap=cap))
+
+
+def _may_skip_calls(norm: NativeNorm, layer: SparseLayer) -> bool:
+    return not (
+        norm.training
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or hooked(norm)
+        or hooked(layer)
+        or hooks_everywhere()
+    )
 
 
 class BatchNorm1d(NativeNorm, nn.BatchNorm1d):

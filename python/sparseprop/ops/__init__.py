@@ -14,10 +14,20 @@ from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.ops import eager, traced
 from sparseprop.ops.call import DTYPE_CODES, Call
-from sparseprop.ops.eligible import PLAIN_TYPES
+from sparseprop.ops.eligible import PLAIN_TYPES, kernels_may_read
+from sparseprop.ops.finish import Finish
 from sparseprop.ops.operator import Operator, operator_for
 
-__all__ = ["Operator", "apply", "apply_again", "operator_for", "sparse_conv", "sparse_linear"]
+__all__ = [
+    "Finish",
+    "Operator",
+    "apply",
+    "apply_again",
+    "apply_finished",
+    "operator_for",
+    "sparse_conv",
+    "sparse_linear",
+]
 
 
 def sparse_linear(
@@ -108,6 +118,30 @@ def apply_again(operator: Operator, x: Tensor, values: Tensor, bias: Tensor | No
     ):
         return None
     return _run(operator, call, x, values, bias)
+
+
+def apply_finished(
+    operator: Operator, x: Tensor, values: Tensor, bias: Tensor | None, finish: Finish
+) -> Tensor | None:
+    """`finish` of the output of a layer with images, for no gradient; None if the kernels cannot do it.
+
+    Not for layers that pad their input first.
+    """
+    geometry = operator.geometry
+    if (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or x.dim() != geometry.dims + 2
+        or x.shape[1] != geometry.in_channels
+        or not kernels_may_read(x, values, *([] if bias is None else [bias]))
+        or (bias is not None and bias.numel() != geometry.out_channels)
+    ):
+        return None
+    operator.check_values(values)
+    call = operator.call_for(x)
+    if call.trivial or not finish.fits(x, call.out_shape):
+        return None
+    return operator.forward(call, x, values, bias, finish)
 
 
 def _run(operator: Operator, call: Call, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

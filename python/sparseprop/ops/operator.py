@@ -14,6 +14,7 @@ from sparseprop import backend
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.ops.call import Call, new_call
+from sparseprop.ops.finish import Finish
 from sparseprop.ops.layout import PLAIN, Five, dense_strides, five_strides, lift, plain, sum_channels
 from sparseprop.packed import PackedNM
 from sparseprop.pattern import SparsityPattern
@@ -77,8 +78,13 @@ class Operator:
             call = self._calls[x.shape, x.stride(), x.dtype] = new_call(self.geometry, self.nnz, x)
         return call
 
-    def forward(self, call: Call, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """Output for checked tensors, in the layout of `x`; knows nothing of autograd."""
+    def forward(
+        self, call: Call, x: Tensor, values: Tensor, bias: Tensor | None, finish: Finish | None = None
+    ) -> Tensor:
+        """Output for checked tensors, in the layout of `x`; knows nothing of autograd.
+
+        `finish` follows at once: native kernels, float32 and float64, not for a trivial call.
+        """
         if call.layout == PLAIN:
             out = x.new_empty(call.out_shape)
         else:
@@ -92,7 +98,7 @@ class Operator:
             values = values.contiguous()
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
-        self.contraction.forward(
+        arguments = (
             call.code,
             call.batch,
             call.in_size,
@@ -105,6 +111,10 @@ class Operator:
             out.data_ptr(),
             call.out_strides,
         )
+        if finish is None:
+            self.contraction.forward(*arguments)
+        else:
+            self.contraction.forward_finished(*arguments, *finish.arguments(self.geometry.dims))
         return out
 
     def backward(

@@ -11,17 +11,18 @@ from typing import Any, cast
 from torch import fx, nn
 
 from sparseprop.errors import SparsePropError
+from sparseprop.nn.hooks import hooked
 from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.decide import check_model
-from sparseprop.swap.rewrite import FUNCTION, NormCall, Rewritten, norm_calls, restore, rewrite
+from sparseprop.swap.matches import FUNCTION, NormCall, norm_calls
+from sparseprop.swap.rewrite import Rewritten, restore, rewrite
 from sparseprop.swap.tracing import trace
 
 __all__ = ["Fusion", "fuse", "plan_fusion", "unfuse"]
 
 _TORCH_NORMS = {native: torch_class for torch_class, native in NATIVE_NORMS.items()}
 _TORCH_RELUS = {passing: torch_class for torch_class, (passing, _) in PASSING.items()}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
             plan.append(Fusion(name, call.relu, True, "", call.adds))
         elif name not in relus:
             plan.append(Fusion(name, None, True, why_not or "no ReLU module alone behind it"))
-        elif any(getattr(m, kind) for m in (module, model.get_submodule(relus[name])) for kind in _HOOKS):
+        elif hooked(module) or hooked(model.get_submodule(relus[name])):
             plan.append(Fusion(name, None, True, "hooks between it and its ReLU"))
         else:
             plan.append(Fusion(name, relus[name], True, ""))
@@ -77,12 +78,14 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
 def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Make the batch norms of `model` native, with the addition and ReLU behind each, as `plan_fusion` says.
 
-    2-D max pooling becomes native too.
+    2-D max pooling becomes native too. A sparse layer with a batch norm alone behind it, in one and the same
+    forward, runs it in evaluation mode while no gradients are recorded: swap first, then fuse.
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
     registered later on a ReLU behind an addition are not called, and attributes that steer a module's forward
-    are read now: `unfuse` before you change either, then `fuse` again.
+    are read now: `unfuse` before you change either, then `fuse` again. (Other hooks, and children added or
+    removed, count whenever they come.)
 
     Args:
         model: any eager module, swapped or not.
@@ -144,6 +147,8 @@ def _own_calls(model: nn.Module) -> dict[str, NormCall]:
     found: dict[str, NormCall] = {}
     for name, module in model.named_modules():
         for call in norm_calls(module):
+            if call.relu is None:
+                continue
             relu = call.relu if call.relu == FUNCTION else _join(name, call.relu)
             found[_join(name, call.norm)] = dataclasses.replace(call, relu=relu)
     return found

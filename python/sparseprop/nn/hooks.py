@@ -1,0 +1,22 @@
+"""Hooks: code of the user's that runs when a module is called."""
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+__all__ = ["hooked", "hooks_everywhere"]
+
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module, or going backward through it, calls hooks of its own.
+
+    >>> hooked(nn.ReLU())
+    False
+    """
+    return any(getattr(module, kind) for kind in _KINDS)
+
+
+def hooks_everywhere() -> bool:
+    """Whether there are hooks on every module, as profilers register them."""
+    return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
