@@ -170,6 +170,15 @@ def test_training_gives_the_same_gradients_and_statistics():
     torch.testing.assert_close(dict(fused.named_buffers()), dict(swapped.named_buffers()))
 
 
+def test_a_compiled_network_takes_the_steps_one_by_one(finished):
+    _, swapped, fused = swapped_and_fused()
+    x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
+    with torch.no_grad():
+        compiled = torch.compile(fused, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), swapped(x))
+    assert not finished
+
+
 def test_a_layer_called_on_its_own_gives_its_own_output():
     _, swapped, fused = swapped_and_fused()
     x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
