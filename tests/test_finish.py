@@ -11,7 +11,7 @@ from cases import CONVS
 from checks import LAYOUTS
 from fuse_cases import network
 from sparseprop import fuse, swap_modules, to_dense
-from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d
+from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLinear
 from sparseprop.nn.base import SparseLayer
 from sparseprop.nn.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, norm_behind
 
@@ -69,6 +69,22 @@ def test_the_residual_may_lie_anywhere(finished, layout):
         wanted = (norm(layer(x)) + residual).relu()
         torch.testing.assert_close(norm_behind(norm, layer, x, residual, torch.inf), wanted)
     assert finished == [True]
+
+
+@pytest.mark.parametrize("batch", [1, 5, 300])
+@pytest.mark.parametrize("layout", ["plain", "batch_last", "sliced"])
+def test_linear_layers_finish_too(backend, batch, layout):
+    layer = SparseLinear.random(33, 17, density=0.3, dtype=torch.float64)
+    norm = BatchNorm1d(17, dtype=torch.float64).eval()
+    nn.init.normal_(norm.running_mean)
+    x, residual = (LAYOUTS[layout](torch.randn(batch, size, dtype=torch.float64)) for size in (33, 17))
+    with torch.no_grad():
+        wanted = (norm(layer(x)) + residual).relu()
+        torch.testing.assert_close(norm_behind(norm, layer, x, residual, torch.inf), wanted)
+        rows = x[:, None]
+        if layout == "plain":
+            with pytest.raises((RuntimeError, ValueError)):  # 17 channels wanted, got 1
+                norm_behind(norm, layer, rows)
 
 
 def test_float32_many_chunks_and_two_threads(two_threads, finished):
