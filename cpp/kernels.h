@@ -115,7 +115,7 @@ struct NormKernels {
 };
 
 // Max pooling of one output row of a plane: `rows` input rows from first_row on, all inside the plane; tap b of output i
-// reads column i * stride + b - padding, if that is inside. `at` are positions in the plane.
+// reads column i * stride + b - padding, if that is inside. `at` are positions in the plane, or null.
 template <class S>
 struct PoolRow {
   const S* plane;

@@ -18,7 +18,7 @@ void max_pool(const Pool& p, const S* x, S* out, int64_t* index) {
       const int64_t start = h * p.stride[0] - p.padding[0], first = std::max<int64_t>(start, 0);
       const int64_t rows = std::min(start + p.kernel[0], p.in[0]) - first, to = (plane * p.out[0] + h) * p.out[1];
       kernel({x + plane * p.in[0] * p.in[1], p.in[1], first, rows, p.kernel[1], p.stride[1], p.padding[1], p.out[1],
-              out + to, index + to});
+              out + to, index ? index + to : nullptr});
     }
   }
 }

@@ -13,7 +13,7 @@ struct Pool {
   Pair in, out, kernel, stride, padding;
 };
 
-// `index`: where in its plane each maximum lies.
+// `index`: where in its plane each maximum lies; may be null.
 template <class S>
 void max_pool(const Pool& pool, const S* x, S* out, int64_t* index);
 

@@ -148,7 +148,7 @@ def max_pool2d(
     values: int,
     index: int,
 ) -> None:
-    """Max pooling of planes (padding at most half the kernel), and each maximum's place in its plane."""
+    """Max pooling of planes (padding at most half the kernel); `index`, if not 0: each one's place there."""
 
 def norm_forward(
     wide: bool,
