@@ -13,6 +13,8 @@ namespace {
 using RowPtr = py::array_t<int64_t, py::array::c_style>;
 using PackedBits = py::array_t<uint8_t, py::array::c_style>;
 using ColIdx = py::array_t<int32_t, py::array::c_style>;
+// mean, variance, gamma, beta, eps, cap, residual and its strides
+using PyFinish = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, double, double, uintptr_t, Strides>;
 
 class PyContraction {
  public:
@@ -29,22 +31,13 @@ class PyContraction {
   int64_t storage_bytes() const { return contraction_.storage_bytes(); }
 
   void forward(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x, Strides x_strides,
-               uintptr_t values, uintptr_t bias, uintptr_t out, Strides out_strides) {
+               uintptr_t values, uintptr_t bias, uintptr_t out, Strides out_strides,
+               const std::optional<PyFinish>& finish) {
     const py::gil_scoped_release release;
+    std::optional<Finish> steps;
+    if (finish) steps = std::apply(finish_of, *finish);
     contraction_.forward(static_cast<DType>(dtype), {batch, in_size, padding, out_size}, {pointer(x), x_strides},
-                         pointer(values), pointer(bias), {pointer(out), out_strides});
-  }
-
-  void forward_finished(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x,
-                        Strides x_strides, uintptr_t values, uintptr_t bias, uintptr_t out, Strides out_strides,
-                        uintptr_t mean, uintptr_t variance, uintptr_t gamma, uintptr_t beta, double eps, double cap,
-                        uintptr_t residual, Strides residual_strides) {
-    if (static_cast<DType>(dtype) == DType::bfloat16) throw std::invalid_argument("forward_finished knows no bfloat16.");
-    const py::gil_scoped_release release;
-    const Finish finish{pointer(mean), pointer(variance), pointer(gamma), pointer(beta), eps, cap,
-                        {pointer(residual), residual_strides}};
-    contraction_.forward(static_cast<DType>(dtype), {batch, in_size, padding, out_size}, {pointer(x), x_strides},
-                         pointer(values), pointer(bias), {pointer(out), out_strides}, &finish);
+                         pointer(values), pointer(bias), {pointer(out), out_strides}, steps ? &*steps : nullptr);
   }
 
   void backward(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x,
@@ -58,6 +51,11 @@ class PyContraction {
 
  private:
   static void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+  static Finish finish_of(uintptr_t mean, uintptr_t variance, uintptr_t gamma, uintptr_t beta, double eps, double cap,
+                          uintptr_t residual, const Strides& strides) {
+    return {pointer(mean), pointer(variance), pointer(gamma), pointer(beta), eps, cap, {pointer(residual), strides}};
+  }
 
   static Layer check(const Layer& layer) {
     for (int d = 0; d < 3; ++d) {
@@ -119,12 +117,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       .def_property_readonly("storage_bytes", &PyContraction::storage_bytes)
       .def("forward", &PyContraction::forward, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),
            py::arg("padding"), py::arg("out_size"), py::arg("x"), py::arg("x_strides"), py::arg("values"),
-           py::arg("bias"), py::arg("out"), py::arg("out_strides"))
-      .def("forward_finished", &PyContraction::forward_finished, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),
-           py::arg("padding"), py::arg("out_size"), py::arg("x"), py::arg("x_strides"), py::arg("values"),
-           py::arg("bias"), py::arg("out"), py::arg("out_strides"), py::arg("mean"), py::arg("variance"),
-           py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("cap"), py::arg("residual"),
-           py::arg("residual_strides"))
+           py::arg("bias"), py::arg("out"), py::arg("out_strides"), py::arg("finish") = py::none())
       .def("backward", &PyContraction::backward, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),
            py::arg("padding"), py::arg("out_size"), py::arg("x"), py::arg("x_strides"), py::arg("values"),
            py::arg("grad_out"), py::arg("grad_out_strides"), py::arg("grad_in"), py::arg("grad_in_strides"),

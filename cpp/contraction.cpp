@@ -71,6 +71,7 @@ int64_t Contraction::storage_bytes() const {
 
 void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, const void* bias,
                           TensorRef out, const Finish* finish) {
+  if (finish && dtype == DType::bfloat16) throw std::invalid_argument("a forward pass in bfloat16 cannot be finished.");
   const int64_t element = dtype == DType::float64 ? 8 : 4;
   const int64_t lanes = choose_lanes(sizes, element, batch_last(x.strides, sizes.batch));
   const auto low = lower(Direction::forward, sizes, element, lanes);

@@ -52,7 +52,7 @@ class Contraction {
   int64_t storage_bytes() const;
 
   // values, bias and their gradients are float64 for float64 activations, float32 otherwise; null = absent.
-  // With `finish` not for bfloat16.
+  // `finish`: not for bfloat16 (std::invalid_argument).
   void forward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, const void* bias, TensorRef out,
                const Finish* finish = nullptr);
   void backward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, TensorRef grad_out, TensorRef grad_in,

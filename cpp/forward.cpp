@@ -1,6 +1,7 @@
 // Forward: pack a chunk of the input, run every part of the rows over its tiles, store the output tiles.
 #include <cmath>
 
+#include "norm.h"
 #include "run.h"
 
 namespace sparseprop {
@@ -22,13 +23,13 @@ int64_t row_groups(int64_t chunks, int64_t parts) {
 template <class S>
 class Finisher {
  public:
-  Finisher(const Finish& finish, int64_t channels, S* scale) : finish_(finish), scale_(scale), shift_(scale + channels) {
+  Finisher(const Finish& finish, int64_t channels) : finish_(finish), scale_(channels), shift_(channels) {
     const auto *mean = static_cast<const S*>(finish.mean), *variance = static_cast<const S*>(finish.variance),
                *gamma = static_cast<const S*>(finish.gamma), *beta = static_cast<const S*>(finish.beta);
     for (int64_t c = 0; c < channels; ++c) {
-      const double factor = (gamma ? gamma[c] : 1.0) / std::sqrt(variance[c] + finish.eps);
-      scale_[c] = static_cast<S>(factor);
-      shift_[c] = static_cast<S>((beta ? beta[c] : 0.0) - mean[c] * factor);
+      const Affine<S> of(gamma, beta, c, mean[c], 1.0 / std::sqrt(variance[c] + finish.eps));
+      scale_[c] = of.scale;
+      shift_[c] = of.shift;
     }
   }
 
@@ -45,8 +46,8 @@ class Finisher {
     norm.channels = part.rows;
     norm.n = pitch;
     norm.cap = static_cast<S>(finish_.cap);
-    norm.scale = scale_ + part.row;
-    norm.shift = shift_ + part.row;
+    norm.scale = scale_.data() + part.row;
+    norm.shift = shift_.data() + part.row;
     norm.other = finish_.residual.data ? residual : nullptr;
     norm.x = norm.out = tile;
     call.kernels().planes.apply(norm);
@@ -54,7 +55,7 @@ class Finisher {
 
  private:
   const Finish& finish_;
-  S *scale_, *shift_;
+  std::vector<S> scale_, shift_;
 };
 
 }  // namespace
@@ -73,9 +74,8 @@ void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* 
   Pieces pieces;
   const size_t panel_at = pieces.add<S>(plan.panel_size), tile_at = pieces.add<S>(stream.max_part_rows() * plan.chunk),
                residual_at = pieces.add<S>(finish && finish->residual.data ? stream.max_part_rows() * plan.chunk : 0);
-  std::vector<S> scale(finish ? 2 * call.layer.out_channels : 0);
   std::optional<Finisher<S>> finisher;
-  if (finish) finisher.emplace(*finish, call.layer.out_channels, scale.data());
+  if (finish) finisher.emplace(*finish, call.layer.out_channels);
   run_tasks(plan.chunks * groups, parallel, pieces.bytes(), [&](int64_t task, void* scratch) {
     const Columns columns = call.chunk(task / groups), padded = call.padded(columns);
     const int64_t width = padded.end - padded.begin;

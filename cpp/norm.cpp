@@ -31,9 +31,6 @@ void run(int64_t tasks, bool parallel, Task task) {
   for (int64_t i = 0; i < tasks; ++i) task(i);
 }
 
-template <class S>
-S at_or(const S* p, int64_t c, S otherwise) { return p ? p[c] : otherwise; }
-
 // What the kernels need per channel, as arrays.
 template <class S>
 struct Channels {
@@ -48,9 +45,10 @@ struct Channels {
     a.slope = training ? slope.data() + c : nullptr;
     a.offset = offset.data() + c;
   }
-  void affine(int64_t c, double gamma, double beta, double mean, double inv_std) {
-    scale[c] = static_cast<S>(gamma * inv_std);
-    shift[c] = static_cast<S>(beta - mean * gamma * inv_std);
+  void affine(int64_t c, const S* gamma, const S* beta, double mean, double inv_std) {
+    const Affine<S> of(gamma, beta, c, mean, inv_std);
+    scale[c] = of.scale;
+    shift[c] = of.shift;
   }
 };
 
@@ -128,7 +126,7 @@ void norm_forward(const NormShape& shape, const NormForward<S>& call) {
   all.other = call.residual;
   all.out = call.out;
   auto affine = [&](int64_t c) {
-    per.affine(c, at_or(call.gamma, c, S(1)), at_or(call.beta, c, S(0)), call.mean[c], call.inv_std[c]);
+    per.affine(c, call.gamma, call.beta, call.mean[c], call.inv_std[c]);
   };
   if (shape.inner == 1) {
     const Rows rows{shape};
@@ -170,7 +168,7 @@ void norm_backward(const NormShape& shape, const NormBackward<S>& call) {
   all.out = call.grad_x;
   all.mean = call.mean;
   auto finish = [&](int64_t c, double sum, double product) {
-    const double inv_std = call.inv_std[c], scale = double(at_or(call.gamma, c, S(1))) * inv_std;
+    const double inv_std = call.inv_std[c], scale = (call.gamma ? double(call.gamma[c]) : 1.0) * inv_std;
     if (call.grad_gamma) call.grad_gamma[c] = static_cast<S>(product * inv_std);
     if (call.grad_beta) call.grad_beta[c] = static_cast<S>(sum);
     per.scale_grad[c] = static_cast<S>(scale);
@@ -178,7 +176,7 @@ void norm_backward(const NormShape& shape, const NormBackward<S>& call) {
     per.offset[c] = static_cast<S>(-scale * sum / double(count));
   };
   for (int64_t c = 0; c < channels; ++c)
-    per.affine(c, at_or(call.gamma, c, S(1)), at_or(call.beta, c, S(0)), call.mean[c], call.inv_std[c]);
+    per.affine(c, call.gamma, call.beta, call.mean[c], call.inv_std[c]);
   per.point(all, 0);
   const bool sums_wanted = call.training || call.grad_gamma || call.grad_beta || call.grad_residual;
   if (shape.inner == 1) {

@@ -29,6 +29,17 @@ struct NormBackward {
   bool training;
 };
 
+// x * scale + shift is channel c normalized; gamma and beta may be null.
+template <class S>
+struct Affine {
+  S scale, shift;
+  Affine(const S* gamma, const S* beta, int64_t c, double mean, double inv_std) {
+    const double factor = (gamma ? double(gamma[c]) : 1.0) * inv_std;
+    scale = static_cast<S>(factor);
+    shift = static_cast<S>((beta ? double(beta[c]) : 0.0) - mean * factor);
+  }
+};
+
 template <class S>
 void norm_forward(const NormShape& shape, const NormForward<S>& call);
 template <class S>

@@ -55,33 +55,9 @@ class Contraction:
         bias: int,
         out: int,
         out_strides: Sequence[int],
-    ) -> None: ...
-    def forward_finished(
-        self,
-        dtype: int,
-        batch: int,
-        in_size: Sequence[int],
-        padding: Sequence[int],
-        out_size: Sequence[int],
-        x: int,
-        x_strides: Sequence[int],
-        values: int,
-        bias: int,
-        out: int,
-        out_strides: Sequence[int],
-        mean: int,
-        variance: int,
-        gamma: int,
-        beta: int,
-        eps: float,
-        cap: float,
-        residual: int,
-        residual_strides: Sequence[int],
+        finish: tuple[int, int, int, int, float, float, int, Sequence[int]] | None = None,
     ) -> None:
-        """`forward`, then batch norm by known statistics, a residual (or 0), an activation; no bfloat16.
-
-        `cap` is 0 for no activation, infinity for ReLU, 6 for ReLU6; gamma and beta may be 0.
-        """
+        """`finish` follows at once; not for bfloat16 or the reference. See `ops.finish.Finish.arguments`."""
 
     def backward(
         self,

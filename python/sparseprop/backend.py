@@ -17,7 +17,7 @@ __all__ = ["active_isa", "available_isas", "name", "use"]
 _MODULES = {"native": "sparseprop._native", "reference": "sparseprop.reference"}
 
 name: str  # what runs: "native" or "reference"
-Contraction: type[Any]  # its class; both have the interface of _native.pyi
+Contraction: type[Any]  # its class; both have the interface of _native.pyi, the reference without `finish`
 
 
 def available_isas() -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class Finish:
         )
 
     def arguments(self, dims: int) -> tuple[Any, ...]:
-        """As `_native.Contraction.forward_finished` takes them behind those of `forward`."""
+        """As `_native.Contraction.forward` takes them; addresses, 0 for what is absent."""
         strides: Five | None = (0, 0, 0, 0, 0)
         if self.residual is not None:
             strides = five_strides(self.residual.shape, self.residual.stride(), dims)

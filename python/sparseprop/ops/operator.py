@@ -98,7 +98,8 @@ class Operator:
             values = values.contiguous()
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
-        arguments = (
+        finishing = () if finish is None else (finish.arguments(self.geometry.dims),)
+        self.contraction.forward(
             call.code,
             call.batch,
             call.in_size,
@@ -110,11 +111,8 @@ class Operator:
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             call.out_strides,
+            *finishing,
         )
-        if finish is None:
-            self.contraction.forward(*arguments)
-        else:
-            self.contraction.forward_finished(*arguments, *finish.arguments(self.geometry.dims))
         return out
 
     def backward(
