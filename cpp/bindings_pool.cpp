@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+
 #include "pool.h"
 
 namespace py = pybind11;
@@ -10,9 +12,27 @@ namespace sparseprop {
 namespace {
 
 template <class S>
-void pooled(const Pool& pool, uintptr_t x, uintptr_t values, uintptr_t index) {
-  const py::gil_scoped_release release;
-  max_pool(pool, reinterpret_cast<const S*>(x), reinterpret_cast<S*>(values), reinterpret_cast<int64_t*>(index));
+S* pointer(uintptr_t address) { return reinterpret_cast<S*>(address); }
+
+template <class S>
+void forward(const Pool& pool, uintptr_t x, uintptr_t values, uintptr_t taps) {
+  max_pool(pool, pointer<S>(x), pointer<S>(values), pointer<uint8_t>(taps));
+}
+
+template <class S>
+void backward(const Pool& pool, uintptr_t grad, uintptr_t taps, uintptr_t grad_x) {
+  max_pool_backward(pool, pointer<S>(grad), pointer<uint8_t>(taps), pointer<S>(grad_x));
+}
+
+// Refuses what would lead outside the planes, or to windows that hold nothing.
+Pool checked(int64_t planes, Pair in, Pair out, Pair kernel, Pair stride, Pair padding) {
+  for (int d = 0; d < 2; ++d) {
+    const bool sizes = in[d] > 0 && out[d] > 0 && kernel[d] > 0 && stride[d] > 0 && padding[d] >= 0;
+    if (!sizes || 2 * padding[d] > kernel[d] || (out[d] - 1) * stride[d] + kernel[d] > in[d] + 2 * padding[d])
+      throw std::invalid_argument("max pooling: windows do not fit the planes");
+  }
+  if (kernel[0] * kernel[1] > 255) throw std::invalid_argument("max pooling: windows of at most 255 elements");
+  return {planes, in, out, kernel, stride, padding};
 }
 
 }  // namespace
@@ -20,12 +40,15 @@ void pooled(const Pool& pool, uintptr_t x, uintptr_t values, uintptr_t index) {
 
 void bind_pool(py::module_& m) {
   using namespace sparseprop;
-  m.def(
-      "max_pool2d",
-      [](bool wide, int64_t planes, Pair in, Pair out, Pair kernel, Pair stride, Pair padding, uintptr_t x,
-         uintptr_t values, uintptr_t index) {
-        (wide ? pooled<double> : pooled<float>)({planes, in, out, kernel, stride, padding}, x, values, index);
-      },
-      py::arg("wide"), py::arg("planes"), py::arg("in_size"), py::arg("out_size"), py::arg("kernel"), py::arg("stride"),
-      py::arg("padding"), py::arg("x"), py::arg("values"), py::arg("index"));
+  py::class_<Pool>(m, "Pool")
+      .def(py::init(&checked), py::arg("planes"), py::arg("in_size"), py::arg("out_size"), py::arg("kernel"),
+           py::arg("stride"), py::arg("padding"));
+  m.def("max_pool2d", [](bool wide, const Pool& pool, uintptr_t x, uintptr_t values, uintptr_t taps) {
+    const py::gil_scoped_release release;
+    (wide ? forward<double> : forward<float>)(pool, x, values, taps);
+  }, py::arg("wide"), py::arg("pool"), py::arg("x"), py::arg("values"), py::arg("taps"));
+  m.def("max_pool2d_backward", [](bool wide, const Pool& pool, uintptr_t grad, uintptr_t taps, uintptr_t grad_x) {
+    const py::gil_scoped_release release;
+    (wide ? backward<double> : backward<float>)(pool, grad, taps, grad_x);
+  }, py::arg("wide"), py::arg("pool"), py::arg("grad"), py::arg("taps"), py::arg("grad_x"));
 }

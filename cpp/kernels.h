@@ -114,15 +114,17 @@ struct NormKernels {
   void (*grad_apply)(const NormArgs<S>&);
 };
 
-// Max pooling of one output row of a plane: `rows` input rows from first_row on, all inside the plane; tap b of output i
-// reads column i * stride + b - padding, if that is inside. `at` are positions in the plane, or null.
+// Max pooling of one output row: `rows` rows of `taps` elements a window, in a plane padded with -infinity that may be
+// read as far as a whole vector of outputs needs. `at`: the number of the maximum in its window, or null; `first` +
+// `outside` is that of the first element inside the plane, the answer where nothing is larger than -infinity.
 template <class S>
 struct PoolRow {
-  const S* plane;
-  ptrdiff_t width, first_row, rows;
-  ptrdiff_t taps, stride, padding, n;
+  const S* padded;
+  ptrdiff_t pitch, rows, taps, stride, n;
+  const S* first;  // per output
+  S outside;
   S* out;
-  int64_t* at;
+  uint8_t* at;
 };
 
 template <class S>

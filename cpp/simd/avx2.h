@@ -69,6 +69,18 @@ struct F32 {
     return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ), g.v)};
   }
   static F32 keep_some(F32 x, ptrdiff_t n) { return {_mm256_and_ps(_mm256_castsi256_ps(first_lanes(n)), x.v)}; }
+  // See avx512.h.
+  static void take_larger(F32 value, F32 at, F32& best, F32& best_at) {
+    const __m256 larger = _mm256_cmp_ps(value.v, best.v, _CMP_GT_OQ);
+    const __m256 wins = _mm256_or_ps(larger, _mm256_cmp_ps(value.v, value.v, _CMP_UNORD_Q));
+    best.v = _mm256_blendv_ps(best.v, value.v, wins);
+    best_at.v = _mm256_blendv_ps(best_at.v, at.v, wins);
+  }
+  void store_bytes(uint8_t* p) const {
+    const __m256i whole = _mm256_cvttps_epi32(v);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(half, half));
+  }
   static F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -135,6 +147,16 @@ struct F64 {
     return {_mm256_and_pd(_mm256_cmp_pd(x.v, _mm256_setzero_pd(), _CMP_NLE_UQ), g.v)};
   }
   static F64 keep_some(F64 x, ptrdiff_t n) { return {_mm256_and_pd(_mm256_castsi256_pd(first(n)), x.v)}; }
+  static void take_larger(F64 value, F64 at, F64& best, F64& best_at) {
+    const __m256d larger = _mm256_cmp_pd(value.v, best.v, _CMP_GT_OQ);
+    const __m256d wins = _mm256_or_pd(larger, _mm256_cmp_pd(value.v, value.v, _CMP_UNORD_Q));
+    best.v = _mm256_blendv_pd(best.v, value.v, wins);
+    best_at.v = _mm256_blendv_pd(best_at.v, at.v, wins);
+  }
+  void store_bytes(uint8_t* p) const {
+    const __m128i whole = _mm256_cvttpd_epi32(v), half = _mm_packs_epi32(whole, whole);
+    _mm_storeu_si32(p, _mm_packus_epi16(half, half));
+  }
   static F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

@@ -62,6 +62,17 @@ struct F32 {
   }
   // x with lanes from n on zero
   static F32 keep_some(F32 x, ptrdiff_t n) { return n < width ? F32{_mm512_maskz_mov_ps(first(n), x.v)} : x; }
+  // best and best_at become value and at in lanes where the value is larger, or not a number: torch's rule for pooling
+  static void take_larger(F32 value, F32 at, F32& best, F32& best_at) {
+    const __mmask16 larger = _mm512_cmp_ps_mask(value.v, best.v, _CMP_GT_OQ);
+    const __mmask16 wins = larger | _mm512_cmp_ps_mask(value.v, value.v, _CMP_UNORD_Q);
+    best.v = _mm512_mask_mov_ps(best.v, wins, value.v);
+    best_at.v = _mm512_mask_mov_ps(best_at.v, wins, at.v);
+  }
+  // Lanes that are whole numbers up to 255, as bytes.
+  void store_bytes(uint8_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(v)));
+  }
   static F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   static F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -136,6 +147,15 @@ struct F64 {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, _mm512_setzero_pd(), _CMP_NLE_UQ), g.v)};
   }
   static F64 keep_some(F64 x, ptrdiff_t n) { return n < width ? F64{_mm512_maskz_mov_pd(first(n), x.v)} : x; }
+  static void take_larger(F64 value, F64 at, F64& best, F64& best_at) {
+    const __mmask8 larger = _mm512_cmp_pd_mask(value.v, best.v, _CMP_GT_OQ);
+    const __mmask8 wins = larger | _mm512_cmp_pd_mask(value.v, value.v, _CMP_UNORD_Q);
+    best.v = _mm512_mask_mov_pd(best.v, wins, value.v);
+    best_at.v = _mm512_mask_mov_pd(best_at.v, wins, at.v);
+  }
+  void store_bytes(uint8_t* p) const {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_cvtepi32_epi8(_mm512_cvttpd_epi32(v)));
+  }
   static F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
   static F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }

@@ -60,6 +60,17 @@ struct Vec {
     for (int i = 0; i < width; ++i) g.lane[i] = x.lane[i] <= S(0) ? S(0) : g.lane[i];
     return g;
   }
+  // See avx512.h.
+  static void take_larger(Vec value, Vec at, Vec& best, Vec& best_at) {
+    for (int i = 0; i < width; ++i) {
+      const bool wins = value.lane[i] > best.lane[i] || value.lane[i] != value.lane[i];
+      best.lane[i] = wins ? value.lane[i] : best.lane[i];
+      best_at.lane[i] = wins ? at.lane[i] : best_at.lane[i];
+    }
+  }
+  void store_bytes(uint8_t* p) const {
+    for (int i = 0; i < width; ++i) p[i] = static_cast<uint8_t>(lane[i]);
+  }
   static Vec add(Vec a, Vec b) {
     for (int i = 0; i < width; ++i) a.lane[i] += b.lane[i];
     return a;

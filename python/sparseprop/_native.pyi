@@ -112,19 +112,24 @@ def transposable_nm_mask(
 
 # Activations as (outer, channels, inner), inner contiguous; float64 if wide, else float32; address 0: absent.
 # `cap` of the activation: 0 none, infinity ReLU, 6 ReLU6.
-def max_pool2d(
-    wide: bool,
-    planes: int,
-    in_size: Sequence[int],
-    out_size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    x: int,
-    values: int,
-    index: int,
-) -> None:
-    """Max pooling of planes (padding at most half the kernel); `index`, if not 0: each one's place there."""
+class Pool:
+    """A max pooling of planes; ValueError for windows that do not fit, or of more than 255 elements."""
+
+    def __init__(
+        self,
+        planes: int,
+        in_size: Sequence[int],
+        out_size: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> None: ...
+
+def max_pool2d(wide: bool, pool: Pool, x: int, values: int, taps: int) -> None:
+    """Max pooling; `taps`, if not 0: the number of each maximum in its window, a byte."""
+
+def max_pool2d_backward(wide: bool, pool: Pool, grad: int, taps: int, grad_x: int) -> None:
+    """Its gradient, from the `taps` that the forward pass wrote."""
 
 def norm_forward(
     wide: bool,
