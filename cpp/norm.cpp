@@ -1,74 +1,16 @@
 #include "norm.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "dispatch.h"
+#include "norm_tasks.h"
 
 namespace sparseprop {
 
 namespace {
 
-constexpr int64_t kSerial = 1 << 15;  // elements below which starting threads costs more than it saves
 constexpr int64_t kSplits = 16;       // partial sums of rows: a fixed number, so that threads do not change results
-// Elements of adjacent planes that one task reads in a row: memory is read page by page however small the planes are
-// (2048 planes of 7x7, batch 32, forward and backward: 31 -> 9.5 ms), and what is read twice stays in the cache.
-constexpr int64_t kRun = 1024;
-
-template <class S>
-const KernelsOf<S>& table();
-template <>
-const KernelsOf<float>& table() { return active_kernels().f32; }
-template <>
-const KernelsOf<double>& table() { return active_kernels().f64; }
-
-template <class Task>
-void run(int64_t tasks, bool parallel, Task task) {
-#pragma omp parallel for schedule(static) if (parallel && omp_get_max_threads() > 1 && !omp_in_parallel())
-  for (int64_t i = 0; i < tasks; ++i) task(i);
-}
-
-// What the kernels need per channel, as arrays.
-template <class S>
-struct Channels {
-  Channels(int64_t n, bool training) : training(training), scale(n), shift(n), scale_grad(n), slope(n), offset(n) {}
-  bool training;
-  std::vector<S> scale, shift, scale_grad, slope, offset;
-
-  void point(NormArgs<S>& a, int64_t c) const {
-    a.scale = scale.data() + c;
-    a.shift = shift.data() + c;
-    a.scale_grad = scale_grad.data() + c;
-    a.slope = training ? slope.data() + c : nullptr;
-    a.offset = offset.data() + c;
-  }
-  void affine(int64_t c, const S* gamma, const S* beta, double mean, double inv_std) {
-    const Affine<S> of(gamma, beta, c, mean, inv_std);
-    scale[c] = of.scale;
-    shift[c] = of.shift;
-  }
-};
-
-template <class T>
-T* moved(T* p, int64_t by) { return p ? p + by : nullptr; }
-
-template <class S>
-NormArgs<S> slice(const NormShape& shape, const NormArgs<S>& all, int64_t start, int64_t rows, int64_t channels) {
-  NormArgs<S> a = all;
-  a.rows = rows;
-  a.pitch = shape.channels * shape.inner;
-  a.channels = channels;
-  a.n = shape.inner;
-  a.x = moved(a.x, start);
-  a.other = moved(a.other, start);
-  a.grad = moved(a.grad, start);
-  a.masked = moved(a.masked, start);
-  a.out = moved(a.out, start);
-  return a;
-}
 
 struct Rows {
   const NormShape& shape;
@@ -91,18 +33,6 @@ struct Rows {
     return sums;
   }
 };
-
-// Runs task(args, first channel, sums of its channels, scratch) for groups of adjacent planes.
-template <class S, class Task>
-void run_planes(const NormShape& shape, const NormArgs<S>& all, bool parallel, Task task) {
-  const int64_t group = std::max<int64_t>(1, kRun / shape.inner), tasks = (shape.channels + group - 1) / group;
-  run(tasks, parallel, [&](int64_t i) {
-    const int64_t first = i * group, channels = std::min(group, shape.channels - first);
-    std::vector<double> sums(2 * channels, 0.0);
-    std::vector<S> scratch(table<S>().planes.scratch_per_channel * channels);
-    task(slice(shape, all, first * shape.inner, shape.outer, channels), first, sums.data(), scratch.data());
-  });
-}
 
 template <class S>
 void finish_stats(const NormForward<S>& call, int64_t c, double count, double sum, double squares, double close) {
@@ -150,7 +80,9 @@ void norm_forward(const NormShape& shape, const NormForward<S>& call) {
     }
     for (int64_t c = first; c < end; ++c) affine(c);
     per.point(a, first);
-    table<S>().planes.apply(a);  // the planes are still in the cache
+    // the planes are still in the cache
+    if (call.pool) return PooledPlanes<S>(shape, per, *call.pool).apply(a, first, call.out, call.taps);
+    table<S>().planes.apply(a);
   });
 }
 
@@ -190,9 +122,17 @@ void norm_backward(const NormShape& shape, const NormBackward<S>& call) {
   run_planes(shape, all, parallel, [&](NormArgs<S> a, int64_t first, double* sums, S* scratch) {
     per.point(a, first);
     a.mean = call.mean + first;
-    if (sums_wanted) table<S>().planes.grad_sums(a, sums, sums + a.channels, scratch);
+    auto each = [&](auto kernel) {
+      if (!call.pool) return kernel(a, 0);
+      PooledPlanes<S>(shape, per, *call.pool).backward(a, first, call.grad, call.taps, kernel);
+    };
+    if (sums_wanted) {
+      each([&](const NormArgs<S>& part, int64_t c) {
+        table<S>().planes.grad_sums(part, sums + c, sums + a.channels + c, scratch);
+      });
+    }
     for (int64_t c = 0; c < a.channels; ++c) finish(first + c, sums[c], sums[a.channels + c]);
-    if (call.grad_x) table<S>().planes.grad_apply(a);
+    if (call.grad_x) each([](const NormArgs<S>& part, int64_t) { table<S>().planes.grad_apply(part); });
   });
 }
 

@@ -1,6 +1,9 @@
-// Batch norm fused with a residual addition and ReLU, forward and backward, in the layout of its input.
+// Batch norm fused with a residual addition and ReLU, or ReLU and max pooling, forward and backward, in the layout of
+// its input.
 #pragma once
 #include <cstdint>
+
+#include "pool.h"
 
 namespace sparseprop {
 
@@ -11,22 +14,27 @@ struct NormShape {
 };
 
 // All of one type S (float or double). `mean`, `inv_std` and `variance` (unbiased) are written if `training`;
-// otherwise the first two are read.
+// otherwise the first two are read. With a `pool` (planes only, no residual) the result is that of max pooling behind
+// it, and the full-sized one is never written to memory; `taps`: where the maxima lie, may be null.
 template <class S>
 struct NormForward {
   const S *x, *residual, *gamma, *beta;
   S *mean, *inv_std, *variance, *out;
   bool training;
   double eps;
+  const Pool* pool;
+  uint8_t* taps;
 };
 
 // `out` of the forward pass is needed for a ReLU after an addition only. Any of the results may be null, but
-// `grad_residual` if there was a residual before a ReLU.
+// `grad_residual` if there was a residual before a ReLU. With a `pool`, grad is that of the pooling's result.
 template <class S>
 struct NormBackward {
   const S *grad, *x, *out, *gamma, *beta, *mean, *inv_std;
   S *grad_x, *grad_residual, *grad_gamma, *grad_beta;
   bool training;
+  const Pool* pool;
+  const uint8_t* taps;
 };
 
 // x * scale + shift is channel c normalized; gamma and beta may be null.

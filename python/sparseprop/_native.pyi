@@ -147,7 +147,11 @@ def norm_forward(
     inv_std: int,
     variance: int,
     out: int,
-) -> None: ...
+    pool: Pool | None,
+    taps: int,
+) -> None:
+    """Batch norm, and what follows it; with a `pool` of its planes, `out` and `taps` are the pooling's."""
+
 def norm_backward(
     wide: bool,
     outer: int,
@@ -166,4 +170,6 @@ def norm_backward(
     grad_residual: int,
     grad_gamma: int,
     grad_beta: int,
+    pool: Pool | None,
+    taps: int,
 ) -> None: ...

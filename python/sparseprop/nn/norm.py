@@ -1,4 +1,5 @@
-"""Batch norm that runs in any layout of a network and takes a ReLU, or an addition and a ReLU, along.
+"""Batch norm that runs in any layout of a network and takes a ReLU along, with an addition before it or a max
+pooling behind it.
 
 They are torch's modules in all but `forward`: a module becomes one, or torch's again, by its class alone. So
 parameters, buffers, names, hooks and `isinstance` stay as they are.
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sparseprop.nn.base import SparseLayer
 from sparseprop.nn.hooks import hooked, hooks_everywhere
+from sparseprop.nn.pool import MaxPool2d
 from sparseprop.ops.finish import Finish
 from sparseprop.ops.norm import NormSpec, batch_norm
 
@@ -36,8 +38,14 @@ class NativeNorm(nn.modules.batchnorm._BatchNorm):
 
     cap = 0.0
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, cap: float | None = None) -> Tensor:
-        """`batch_norm(input)`, plus `residual`, through the activation of `cap`, else the module's own."""
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        cap: float | None = None,
+        pool: nn.Module | None = None,
+    ) -> Tensor:
+        """`pool(activation(batch_norm(input) + residual))`; `cap` as in `NormSpec`, else the module's own."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training = self.training or (self.running_mean is None and self.running_var is None)
         track = self.training and self.track_running_stats
@@ -46,13 +54,14 @@ class NativeNorm(nn.modules.batchnorm._BatchNorm):
         can_mark = type(input) is Tensor and not torch.compiler.is_compiling()
         own = self.cap if can_mark else 0.0
         momentum = self._count() if track else 0.0
-        spec = NormSpec(training, momentum, self.eps, own if cap is None else cap)
+        pool_spec = pool.spec() if isinstance(pool, MaxPool2d) and not hooked(pool) else None
+        spec = NormSpec(training, momentum, self.eps, own if cap is None else cap, pool_spec)
         statistics = (self.running_mean, self.running_var)
         running = statistics if track or not training else (None, None)
         out = batch_norm(input, running, self.weight, self.bias, spec, residual)
         if cap is None and own:
             setattr(out, _DONE, True)
-        return out
+        return out if pool is None or pool_spec is not None else cast(Tensor, pool(out))
 
     def _finish(self, residual: Tensor | None, cap: float | None) -> Finish | None:
         """What this norm does to its input, if that is known before it has seen any of it."""
@@ -72,18 +81,25 @@ class NativeNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def norm_behind(
-    norm: nn.Module, layer: nn.Module, x: Tensor, residual: Tensor | None = None, cap: float | None = None
+    norm: nn.Module,
+    layer: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    cap: float | None = None,
+    pool: nn.Module | None = None,
 ) -> Tensor:
-    """`norm(layer(x), residual, cap)`: one step in evaluation without gradients, if no hook would miss it."""
+    """`norm(layer(x), residual, cap, pool)`: layer and norm as one step in evaluation without gradients, if
+    no hook would miss it.
+    """
     if isinstance(norm, NativeNorm) and isinstance(layer, SparseLayer) and _may_skip_calls(norm, layer):
         finish = norm._finish(residual, cap)
         out = None if finish is None else layer.finished(x, finish)
         if out is not None:
             if cap is None and norm.cap:
                 setattr(out, _DONE, True)
-            return out
-    y = layer(x)
-    return cast(Tensor, norm(y) if residual is None and cap is None else norm(y, residual=residual, cap=cap))
+            return out if pool is None else cast(Tensor, pool(out))
+    then = {"residual": residual, "cap": cap, "pool": pool}
+    return cast(Tensor, norm(layer(x), **{name: given for name, given in then.items() if given is not None}))
 
 
 def _may_skip_calls(norm: NativeNorm, layer: SparseLayer) -> bool:

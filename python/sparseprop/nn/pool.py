@@ -21,12 +21,14 @@ class MaxPool2d(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """The maximum of each window."""
+        spec = self.spec()
+        return cast(Tensor, super().forward(input)) if spec is None else max_pool2d(input, spec)
+
+    def spec(self) -> PoolSpec | None:
+        """Its options, None if there are some that only torch has."""
         if self.ceil_mode or self.return_indices:
-            return cast(Tensor, super().forward(input))
-        spec = PoolSpec(
-            _pair(self.kernel_size), _pair(self.stride), _pair(self.padding), _pair(self.dilation)
-        )
-        return max_pool2d(input, spec)
+            return None
+        return PoolSpec(*map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation)))
 
 
 def _pair(option: int | tuple[int, ...]) -> Pair:

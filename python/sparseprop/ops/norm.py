@@ -1,4 +1,6 @@
-"""Batch norm with an addition and a ReLU after it, in one pass where torch needs three; any layout."""
+"""Batch norm with an addition and a ReLU, or a ReLU and max pooling, after it, in one pass where torch needs
+three; any layout.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
+from sparseprop.ops.pool import PoolSpec, kernels_may_pool, max_pool2d, native_pool, pooled_like
 
 __all__ = ["NormSpec", "batch_norm"]
 
@@ -25,12 +28,14 @@ class NormSpec:
         momentum: share of the batch in the running statistics; 0 leaves them alone.
         eps: added to the variance.
         cap: of the activation applied to the result: 0 none, infinity ReLU, 6 ReLU6.
+        pool: a 2-D max pooling after that, or None.
     """
 
     training: bool
     momentum: float = 0.1
     eps: float = 1e-5
     cap: float = 0.0
+    pool: PoolSpec | None = None
 
 
 def batch_norm(
@@ -41,7 +46,7 @@ def batch_norm(
     spec: NormSpec,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`activation(batch_norm(x) + residual)`, each of the two if asked for; updates running statistics.
+    """`max_pool(activation(batch_norm(x) + residual))`, each if asked for; updates running statistics.
 
     `x` is (N, C, ...), float32 or float64 on the CPU in one of the layouts contiguous, channels-last and
     batch-last, which the result keeps; all else is left to torch's functions. `residual` has its shape.
@@ -51,6 +56,11 @@ def batch_norm(
     tensor([[0.],
             [1.]])
     """
+    pool = spec.pool
+    if pool is not None and (
+        residual is not None or not kernels_may_pool(x, pool) or x.shape[2:].numel() == 1
+    ):
+        return max_pool2d(batch_norm(x, running, weight, bias, replace(spec, pool=None), residual), pool)
     shape = _shape(x)
     if shape is None or not _native(x, shape, running, weight, bias, spec, residual):
         return _by_torch(x, running, weight, bias, spec, residual)
@@ -58,7 +68,7 @@ def batch_norm(
         residual = _like(residual, x)
     if torch.is_grad_enabled():
         return _apply(x, weight, bias, residual, running, spec, shape)
-    return _forward(x, weight, bias, residual, running, spec, shape)[0]
+    return _forward(x, weight, bias, residual, running, spec, shape, None)[0]
 
 
 def _by_torch(
@@ -72,9 +82,9 @@ def _by_torch(
     y = functional.batch_norm(x, *running, weight, bias, spec.training, spec.momentum, spec.eps)
     if residual is not None:
         y = y + residual
-    if spec.cap in (0.0, torch.inf):
-        return functional.relu(y) if spec.cap else y
-    return functional.hardtanh(y, 0.0, spec.cap)
+    if spec.cap:
+        y = functional.relu(y) if spec.cap == torch.inf else functional.hardtanh(y, 0.0, spec.cap)
+    return y if spec.pool is None else max_pool2d(y, spec.pool)
 
 
 Shape = tuple[int, int, int]
@@ -121,12 +131,13 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def _forward(
-    x: Tensor, weight: Any, bias: Any, residual: Any, running: Any, spec: NormSpec, shape: Shape
+    x: Tensor, weight: Any, bias: Any, residual: Any, running: Any, spec: NormSpec, shape: Shape, taps: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sparseprop import _native as native
 
     x = x.resolve_neg()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if spec.pool is None else pooled_like(x, spec.pool)
+    pool = None if spec.pool is None else native_pool(x.shape, spec.pool)
     variance = None
     if spec.training:
         mean, inv_std, variance = x.new_empty(3, shape[1]).unbind()
@@ -135,7 +146,7 @@ def _forward(
     native.norm_forward(
         x.dtype is torch.float64, *shape, spec.cap, spec.training, spec.eps,
         x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias),
-        mean.data_ptr(), inv_std.data_ptr(), _pointer(variance), out.data_ptr(),
+        mean.data_ptr(), inv_std.data_ptr(), _pointer(variance), out.data_ptr(), pool, _pointer(taps),
     )  # fmt: skip
     if variance is not None and running[0] is not None and spec.momentum:
         with torch.no_grad():
@@ -149,23 +160,27 @@ class _BatchNorm(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, running: Any, spec: NormSpec, shape: Shape
     ) -> Tensor:
-        out, mean, inv_std = _forward(x, weight, bias, residual, running, spec, shape)
         needs = ctx.needs_input_grad[:4]
+        taps = None  # where the maxima lie
+        if spec.pool is not None and any(needs):
+            taps = torch.empty(pooled_like(x, spec.pool).shape, dtype=torch.uint8)
+        out, mean, inv_std = _forward(x, weight, bias, residual, running, spec, shape, taps)
         signs = out if spec.cap and residual is not None and any(needs) else None
         if not spec.training:
             mean = mean.clone()  # the running mean may have moved on before the backward pass
         # not the residual: the signs of the sum say as much, and often nobody else keeps it
-        ctx.save_for_backward(x, weight, bias, mean, inv_std, signs)
+        ctx.save_for_backward(x, weight, bias, mean, inv_std, signs, taps)
         ctx.spec, ctx.shape = spec, shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, inv_std, signs = ctx.saved_tensors
+        x, weight, bias, mean, inv_std, signs, taps = ctx.saved_tensors
         if torch.is_grad_enabled():
             running = (None, None) if ctx.spec.training else (mean, inv_std**-2 - ctx.spec.eps)
             return (*_differentiable(grad, ctx, (x, weight, bias), running, signs), None, None, None)
-        return (*_backward(_like(grad, x), ctx, x, weight, bias, mean, inv_std, signs), None, None, None)
+        grad = _like(grad, x) if taps is None else grad.resolve_neg().contiguous()
+        return (*_backward(grad, ctx, x, weight, bias, mean, inv_std, signs, taps), None, None, None)
 
 
 def _differentiable(
@@ -189,7 +204,15 @@ _apply = cast("Callable[..., Tensor]", _BatchNorm.apply)
 
 
 def _backward(
-    grad: Tensor, ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Tensor, inv_std: Tensor, signs: Any
+    grad: Tensor,
+    ctx: Any,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Tensor,
+    inv_std: Tensor,
+    signs: Any,
+    taps: Any,
 ) -> tuple[Tensor | None, ...]:
     from sparseprop import _native as native
 
@@ -197,6 +220,7 @@ def _backward(
     spec: NormSpec = ctx.spec
     shape: Shape = ctx.shape
     x = x.resolve_neg()
+    pool = None if spec.pool is None else native_pool(x.shape, spec.pool)
     grad_x = torch.empty_like(x) if for_x else None
     # after a ReLU the gradient of the residual is that of the sum, which the kernel needs in any case
     masked = torch.empty_like(x) if signs is not None else None
@@ -205,7 +229,7 @@ def _backward(
     native.norm_backward(
         x.dtype is torch.float64, *shape, spec.cap, spec.training, grad.data_ptr(), x.data_ptr(),
         _pointer(signs), _pointer(weight), _pointer(bias), mean.data_ptr(), inv_std.data_ptr(),
-        _pointer(grad_x), _pointer(masked), _pointer(grad_weight), _pointer(grad_bias),
+        _pointer(grad_x), _pointer(masked), _pointer(grad_weight), _pointer(grad_bias), pool, _pointer(taps),
     )  # fmt: skip
     grad_residual = (masked if masked is not None else grad) if for_residual else None
     return grad_x, grad_weight, grad_bias, grad_residual

@@ -38,8 +38,8 @@ class PoolSpec:
 def max_pool2d(x: Tensor, spec: PoolSpec) -> Tensor:
     """`torch.nn.functional.max_pool2d` of `x`, shape (N, C, H, W).
 
-    Contiguous float32 or float64 on the CPU, in windows of at most 255 elements without dilation, goes through
-    our kernels, all else through torch's.
+    Contiguous float32 or float64 on the CPU, in windows of at most 255 elements without dilation, goes
+    through our kernels, all else through torch's.
 
     >>> max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), PoolSpec((2, 2), (2, 2)))
     tensor([[[[ 5.,  7.],
@@ -125,4 +125,4 @@ def _differentiable(grad: Tensor, taps: Tensor, size: torch.Size, spec: PoolSpec
     index = (height[:, None] + taps // spec.kernel[1]) * size[3] + width + taps % spec.kernel[1]
     options = (spec.kernel, spec.stride, spec.padding, spec.dilation, False)
     shaped = grad.new_empty(1).expand(size)  # of its input torch reads the size alone
-    return torch.ops.aten.max_pool2d_with_indices_backward(grad, shaped, *options, index)
+    return cast(Tensor, torch.ops.aten.max_pool2d_with_indices_backward(grad, shaped, *options, index))

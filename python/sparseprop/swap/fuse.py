@@ -35,6 +35,7 @@ class Fusion:
         native: whether it becomes native at all.
         reason: why no ReLU, or nothing at all, in a few words; "" if both.
         adds: whether it takes an addition along as well, of a residual connection.
+        pool: name of the max pooling behind the ReLU that it takes along, None if none.
     """
 
     name: str
@@ -42,17 +43,18 @@ class Fusion:
     native: bool
     reason: str
     adds: bool = False
+    pool: str | None = None
 
 
 def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
     """Which batch norms of `model` can become native, and which can take the ReLU behind them along.
 
     A ReLU is found by tracing (`torch.fx`): a module anywhere in the model, in its training mode as it is;
-    additions and functional ReLUs in the forward of the module that owns the batch norm. What cannot be
-    traced still gets native batch norms. Changes nothing.
+    additions, functional ReLUs and max pooling in the forward of the module that owns the batch norm. What
+    cannot be traced still gets native batch norms. Changes nothing.
 
-    >>> plan_fusion(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))
-    (Fusion(name='0', relu='1', native=True, reason=''),)
+    >>> plan_fusion(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))[0].relu
+    '1'
     """
     check_model(model, "fuse")
     relus, why_not = _following_relus(model)
@@ -65,7 +67,7 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
             plan.append(Fusion(name, None, False, f"{type(module).__name__} is not torch's own batch norm"))
         elif name in calls:
             call = calls[name]
-            plan.append(Fusion(name, call.relu, True, "", call.adds))
+            plan.append(Fusion(name, call.relu, True, "", call.adds, call.pool))
         elif name not in relus:
             plan.append(Fusion(name, None, True, why_not or "no ReLU module alone behind it"))
         elif hooked(module) or hooked(model.get_submodule(relus[name])):
@@ -83,9 +85,9 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
-    registered later on a ReLU behind an addition are not called, and attributes that steer a module's forward
-    are read now: `unfuse` before you change either, then `fuse` again. (Other hooks, and children added or
-    removed, count whenever they come.)
+    registered later on a ReLU behind an addition or before a max pooling are not called, and attributes that
+    steer a module's forward are read now: `unfuse` before you change either, then `fuse` again. (Other hooks,
+    and children added or removed, count whenever they come.)
 
     Args:
         model: any eager module, swapped or not.
@@ -104,7 +106,7 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
             continue
         norm = modules[fusion.name]
         norm.__class__ = NATIVE_NORMS[type(norm)]
-        if fusion.relu in modules and not fusion.adds:
+        if fusion.relu in modules and not fusion.adds and not fusion.pool:
             relu = modules[fusion.relu]
             kind = _TORCH_RELUS.get(
                 type(relu), type(relu)
@@ -150,7 +152,8 @@ def _own_calls(model: nn.Module) -> dict[str, NormCall]:
             if call.relu is None:
                 continue
             relu = call.relu if call.relu == FUNCTION else _join(name, call.relu)
-            found[_join(name, call.norm)] = dataclasses.replace(call, relu=relu)
+            pool = None if call.pool is None else _join(name, call.pool)
+            found[_join(name, call.norm)] = dataclasses.replace(call, relu=relu, pool=pool)
     return found
 
 

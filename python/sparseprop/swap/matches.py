@@ -1,5 +1,5 @@
-"""Calls of a batch norm in a module's own forward, with what can be done at once: the addition and ReLU
-behind it, the sparse layer in front of it.
+"""Calls of a batch norm in a module's own forward, with what can be done at once: the addition and ReLU, or
+the ReLU and max pooling, behind it, the sparse layer in front of it.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,7 @@ from torch.nn import functional
 from sparseprop.nn.base import SparseLayer
 from sparseprop.nn.hooks import hooked
 from sparseprop.nn.norm import NATIVE_NORMS, NativeNorm, norm_behind
+from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.tracing import trace
 
 __all__ = ["FUNCTION", "Match", "NormCall", "matches", "norm_calls"]
@@ -34,12 +35,14 @@ class NormCall:
         relu: the name of the ReLU module that is called with it, `FUNCTION` for a function, None if none.
         adds: whether something is added in between.
         layer: the name of the sparse layer in front of it, None if it is to be called on its own.
+        pool: the name of the max pooling behind the ReLU that is called with it, None if none.
     """
 
     norm: str
     relu: str | None
     adds: bool
     layer: str | None
+    pool: str | None = None
 
 
 def norm_calls(module: nn.Module) -> tuple[NormCall, ...]:
@@ -61,8 +64,14 @@ class Match:
     call: NormCall
     layer: fx.Node | None
     norm: fx.Node
-    add: fx.Node | None
-    last: fx.Node
+    add: fx.Node | None = None
+    relu: fx.Node | None = None
+    pool: fx.Node | None = None
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose result is that of all."""
+        return self.pool or self.relu or self.norm
 
     def other(self) -> Any:
         """What is added to the norm's result, as the graph stands."""
@@ -70,7 +79,9 @@ class Match:
 
     def insert(self, graph: fx.Graph) -> fx.Node:
         """One call for all that is replaced."""
-        kwargs = {"residual": self.other(), "cap": torch.inf} if self.last is not self.norm else {}
+        kwargs = {"residual": self.other(), "cap": torch.inf} if self.relu else {}
+        if self.pool:
+            kwargs["pool"] = graph.get_attr(str(self.pool.target))
         if self.layer is None:
             return graph.call_module(str(self.norm.target), self.norm.args, kwargs)
         modules = [graph.get_attr(str(node.target)) for node in (self.norm, self.layer)]
@@ -78,8 +89,7 @@ class Match:
 
     def replaced(self) -> list[fx.Node]:
         """Last call first."""
-        calls = dict.fromkeys((self.last, self.add, self.norm, self.layer))
-        return [node for node in calls if node is not None]
+        return [node for node in (self.pool, self.relu, self.add, self.norm, self.layer) if node is not None]
 
 
 class _OwnCode(fx.Tracer):
@@ -106,29 +116,40 @@ def matches(module: nn.Module, training: bool) -> Iterator[Match]:
             continue
         layer = _layer_before(node, module)
         found = _with_what_follows(node, module, layer) or Match(
-            NormCall(str(node.target), None, False, _name(layer)), layer, node, None, node
+            NormCall(str(node.target), None, False, _name(layer)), layer, node
         )
         if (layer is not None or found.last is not node) and _movable(found, module):
             yield found
 
 
 def _with_what_follows(node: fx.Node, module: nn.Module, layer: fx.Node | None) -> Match | None:
-    """The norm with the addition and ReLU behind it; None if there are none or `PassingReLU` does as well."""
-    last, add = _only_user(node), None
-    if last is not None and _is(last, _ADDS) and len(last.args) == 2 and not last.kwargs:
-        add, last = last, _only_user(last)
-    if last is None or (relu := _relu_name(last, module)) is None:
+    """The norm with the calls behind it; None if there are none or `PassingReLU` does as well."""
+    relu, add = _only_user(node), None
+    if relu is not None and _is(relu, _ADDS) and len(relu.args) == 2 and not relu.kwargs:
+        add, relu = relu, _only_user(relu)
+    if relu is None or (name := _relu_name(relu, module)) is None:
         return None
-    match = Match(NormCall(str(node.target), relu, add is not None, _name(layer)), layer, node, add, last)
-    wanted = isinstance(match.other(), fx.Node) or (add is None and relu == FUNCTION)
+    pool = None if add else _pool_behind(relu, module)
+    call = NormCall(str(node.target), name, add is not None, _name(layer), _name(pool))
+    match = Match(call, layer, node, add, relu, pool)
+    wanted = isinstance(match.other(), fx.Node) or (add is None and (name == FUNCTION or pool is not None))
     return match if wanted and _movable(match, module) else None
+
+
+def _pool_behind(node: fx.Node, module: nn.Module) -> fx.Node | None:
+    user = _only_user(node)
+    if user is None or len(user.args) != 1 or user.kwargs:
+        return None
+    pool = _child(user, module)
+    known = pool is not None and type(pool) in (nn.MaxPool2d, MaxPool2d)
+    return user if known and not hooked(cast(nn.Module, pool)) else None
 
 
 def _movable(match: Match, module: nn.Module) -> bool:
     """Whether the calls may wait for the last of them."""
-    first, moved = match.layer or match.norm, (match.layer, match.norm, match.add)
+    *moved, first = match.replaced()
     moved_past = [step for step in _between(first, match.last) if step not in moved]
-    targets = {node.target for node in moved if node is not None and node.op == "call_module"}
+    targets = {node.target for node in (first, *moved[1:]) if node.op == "call_module"}
     return not any(_writes(step, module) or step.target in targets for step in moved_past)
 
 
