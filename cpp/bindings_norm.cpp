@@ -14,16 +14,16 @@ namespace {
 template <class S>
 S* pointer(uintptr_t address) { return reinterpret_cast<S*>(address); }
 
-NormShape shaped(int64_t outer, int64_t channels, int64_t inner, double cap, const Pool* pool, uintptr_t residual) {
+NormShape shaped(int64_t outer, int64_t channels, int64_t inner, double cap, const Windows* pool, uintptr_t residual) {
   if (outer < 1 || channels < 1 || inner < 1) throw std::invalid_argument("batch norm needs at least one element");
-  if (pool && (pool->planes != outer * channels || pool->in[0] * pool->in[1] != inner || inner == 1 || residual))
+  if (pool && (pool->planes != outer * channels || pool->in_size() != inner || inner == 1 || residual))
     throw std::invalid_argument("batch norm before pooling: planes of the pooling's size, and no residual");
   return {outer, channels, inner, cap};
 }
 
 template <class S>
 void forward(NormShape shape, bool training, double eps, uintptr_t x, uintptr_t residual, uintptr_t gamma,
-             uintptr_t beta, uintptr_t mean, uintptr_t inv_std, uintptr_t variance, uintptr_t out, const Pool* pool,
+             uintptr_t beta, uintptr_t mean, uintptr_t inv_std, uintptr_t variance, uintptr_t out, const Windows* pool,
              uintptr_t taps) {
   norm_forward<S>(shape, {pointer<S>(x), pointer<S>(residual), pointer<S>(gamma), pointer<S>(beta), pointer<S>(mean),
                           pointer<S>(inv_std), pointer<S>(variance), pointer<S>(out), training, eps, pool,
@@ -33,7 +33,7 @@ void forward(NormShape shape, bool training, double eps, uintptr_t x, uintptr_t 
 template <class S>
 void backward(NormShape shape, bool training, uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t gamma,
               uintptr_t beta, uintptr_t mean, uintptr_t inv_std, uintptr_t grad_x, uintptr_t grad_residual,
-              uintptr_t grad_gamma, uintptr_t grad_beta, const Pool* pool, uintptr_t taps) {
+              uintptr_t grad_gamma, uintptr_t grad_beta, const Windows* pool, uintptr_t taps) {
   norm_backward<S>(shape, {pointer<S>(grad), pointer<S>(x), pointer<S>(out), pointer<S>(gamma), pointer<S>(beta),
                            pointer<S>(mean), pointer<S>(inv_std), pointer<S>(grad_x), pointer<S>(grad_residual),
                            pointer<S>(grad_gamma), pointer<S>(grad_beta), training, pool,
@@ -47,7 +47,7 @@ void bind_norm(py::module_& m) {
   using namespace sparseprop;
   m.def("norm_forward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, double cap, bool training,
                            double eps, uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta,
-                           uintptr_t mean, uintptr_t inv_std, uintptr_t variance, uintptr_t out, const Pool* pool,
+                           uintptr_t mean, uintptr_t inv_std, uintptr_t variance, uintptr_t out, const Windows* pool,
                            uintptr_t taps) {
     const NormShape shape = shaped(outer, channels, inner, cap, pool, residual);
     const py::gil_scoped_release release;
@@ -61,7 +61,7 @@ void bind_norm(py::module_& m) {
   m.def("norm_backward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, double cap, bool training,
                             uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t gamma, uintptr_t beta,
                             uintptr_t mean, uintptr_t inv_std, uintptr_t grad_x, uintptr_t grad_residual,
-                            uintptr_t grad_gamma, uintptr_t grad_beta, const Pool* pool, uintptr_t taps) {
+                            uintptr_t grad_gamma, uintptr_t grad_beta, const Windows* pool, uintptr_t taps) {
     const NormShape shape = shaped(outer, channels, inner, cap, pool, out);
     const py::gil_scoped_release release;
     (wide ? backward<double> : backward<float>)(shape, training, grad, x, out, gamma, beta, mean, inv_std, grad_x,

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "pool.h"
+#include "windows.h"
 
 namespace sparseprop {
 
@@ -22,7 +22,7 @@ struct NormForward {
   S *mean, *inv_std, *variance, *out;
   bool training;
   double eps;
-  const Pool* pool;
+  const Windows* pool;
   uint8_t* taps;
 };
 
@@ -33,7 +33,7 @@ struct NormBackward {
   const S *grad, *x, *out, *gamma, *beta, *mean, *inv_std;
   S *grad_x, *grad_residual, *grad_gamma, *grad_beta;
   bool training;
-  const Pool* pool;
+  const Windows* pool;
   const uint8_t* taps;
 };
 

@@ -7,6 +7,7 @@
 
 #include "dispatch.h"
 #include "norm.h"
+#include "pool.h"
 
 namespace sparseprop {
 
@@ -79,8 +80,8 @@ void run_planes(const NormShape& shape, const NormArgs<S>& all, bool parallel, T
 template <class S>
 class PooledPlanes {
  public:
-  PooledPlanes(const NormShape& shape, const Channels<S>& per, const Pool& pool)
-      : shape_(shape), per_(per), pool_(pool), plane_(shape.inner), pooled_(pool.out[0] * pool.out[1]) {}
+  PooledPlanes(const NormShape& shape, const Channels<S>& per, const Windows& pool)
+      : shape_(shape), per_(per), pool_(pool), plane_(shape.inner), pooled_(pool.out_size()) {}
 
   void apply(const NormArgs<S>& a, int64_t first, S* out, uint8_t* taps) {
     visit(a, first, [&](NormArgs<S> one, int64_t plane, int64_t) {

@@ -126,7 +126,7 @@ def test_nothing_of_full_size_but_the_input_is_kept():
 )
 def test_windows_that_would_leave_the_planes_never_reach_a_kernel(sizes, message):
     with pytest.raises(ValueError, match=message):
-        _native.Pool(*sizes)
+        _native.Windows(*sizes)
 
 
 class Stem(nn.Module):

@@ -112,8 +112,8 @@ def transposable_nm_mask(
 
 # Activations as (outer, channels, inner), inner contiguous; float64 if wide, else float32; address 0: absent.
 # `cap` of the activation: 0 none, infinity ReLU, 6 ReLU6.
-class Pool:
-    """A max pooling of planes; ValueError for windows that do not fit, or of more than 255 elements."""
+class Windows:
+    """Windows that slide over planes; ValueError for some that do not fit, or of more than 255 elements."""
 
     def __init__(
         self,
@@ -125,10 +125,10 @@ class Pool:
         padding: Sequence[int],
     ) -> None: ...
 
-def max_pool2d(wide: bool, pool: Pool, x: int, values: int, taps: int) -> None:
+def max_pool2d(wide: bool, pool: Windows, x: int, values: int, taps: int) -> None:
     """Max pooling; `taps`, if not 0: the number of each maximum in its window, a byte."""
 
-def max_pool2d_backward(wide: bool, pool: Pool, grad: int, taps: int, grad_x: int) -> None:
+def max_pool2d_backward(wide: bool, pool: Windows, grad: int, taps: int, grad_x: int) -> None:
     """Its gradient, from the `taps` that the forward pass wrote."""
 
 def norm_forward(
@@ -147,7 +147,7 @@ def norm_forward(
     inv_std: int,
     variance: int,
     out: int,
-    pool: Pool | None,
+    pool: Windows | None,
     taps: int,
 ) -> None:
     """Batch norm, and what follows it; with a `pool` of its planes, `out` and `taps` are the pooling's."""
@@ -170,6 +170,6 @@ def norm_backward(
     grad_residual: int,
     grad_gamma: int,
     grad_beta: int,
-    pool: Pool | None,
+    pool: Windows | None,
     taps: int,
 ) -> None: ...

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
-from sparseprop.ops.pool import PoolSpec, kernels_may_pool, max_pool2d, native_pool, pooled_like
+from sparseprop.ops.pool import PoolSpec, kernels_may_pool, max_pool2d, native_windows, pooled_like
 
 __all__ = ["NormSpec", "batch_norm"]
 
@@ -137,7 +137,7 @@ def _forward(
 
     x = x.resolve_neg()
     out = torch.empty_like(x) if spec.pool is None else pooled_like(x, spec.pool)
-    pool = None if spec.pool is None else native_pool(x.shape, spec.pool)
+    pool = None if spec.pool is None else native_windows(x.shape, spec.pool)
     variance = None
     if spec.training:
         mean, inv_std, variance = x.new_empty(3, shape[1]).unbind()
@@ -220,7 +220,7 @@ def _backward(
     spec: NormSpec = ctx.spec
     shape: Shape = ctx.shape
     x = x.resolve_neg()
-    pool = None if spec.pool is None else native_pool(x.shape, spec.pool)
+    pool = None if spec.pool is None else native_windows(x.shape, spec.pool)
     grad_x = torch.empty_like(x) if for_x else None
     # after a ReLU the gradient of the residual is that of the sum, which the kernel needs in any case
     masked = torch.empty_like(x) if signs is not None else None

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
 
-__all__ = ["PoolSpec", "kernels_may_pool", "max_pool2d", "native_pool", "pooled_like"]
+__all__ = ["PoolSpec", "kernels_may_pool", "max_pool2d", "native_windows", "pooled_like"]
 
 Pair = tuple[int, int]
 
@@ -73,12 +73,12 @@ def pooled_like(x: Tensor, spec: PoolSpec) -> Tensor:
     return x.new_empty(*x.shape[:2], *spec.output_size(x.shape[2:]))
 
 
-def native_pool(size: torch.Size, spec: PoolSpec) -> Any:
-    """The pooling of a tensor of that size as the kernels take it."""
+def native_windows(size: torch.Size, spec: PoolSpec) -> Any:
+    """The windows on a tensor of that size as the kernels take them."""
     from sparseprop import _native as native
 
     sizes = tuple(size[2:]), spec.output_size(size[2:])
-    return native.Pool(size[0] * size[1], *sizes, spec.kernel, spec.stride, spec.padding)
+    return native.Windows(size[0] * size[1], *sizes, spec.kernel, spec.stride, spec.padding)
 
 
 def _forward(x: Tensor, spec: PoolSpec, taps: Tensor | None) -> Tensor:
@@ -87,7 +87,7 @@ def _forward(x: Tensor, spec: PoolSpec, taps: Tensor | None) -> Tensor:
 
     out = pooled_like(x, spec)
     wide, address = x.dtype is torch.float64, 0 if taps is None else taps.data_ptr()
-    native.max_pool2d(wide, native_pool(x.shape, spec), x.data_ptr(), out.data_ptr(), address)
+    native.max_pool2d(wide, native_windows(x.shape, spec), x.data_ptr(), out.data_ptr(), address)
     return out
 
 
@@ -109,7 +109,7 @@ class _MaxPool(Function):
 
         grad = grad.resolve_neg().contiguous()
         grad_x = grad.new_empty(ctx.size)
-        pool = native_pool(ctx.size, ctx.spec)
+        pool = native_windows(ctx.size, ctx.spec)
         wide = grad.dtype is torch.float64
         native.max_pool2d_backward(wide, pool, grad.data_ptr(), taps.data_ptr(), grad_x.data_ptr())
         return grad_x, None
