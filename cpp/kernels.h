@@ -88,11 +88,11 @@ struct Movers {
   void (*planes)(Out* dst, Layout3 to, const In* src, Layout3 from, Extent3 extent);
 };
 
-// Batch norm over `rows` runs of `channels` * `n` adjacent elements, `pitch` apart. Planes: n elements of each channel
-// one after the other. Rows: n is 1. Parameters are arrays of `channels`.
+// Batch norm over `rows` runs of `channels` * `n` adjacent elements, `pitch` apart, those of x and out at pitches of their
+// own. Planes: n elements of each channel one after the other. Rows: n is 1. Parameters are arrays of `channels`.
 template <class S>
 struct NormArgs {
-  ptrdiff_t rows, pitch, channels, n;
+  ptrdiff_t rows, pitch, x_pitch, out_pitch, channels, n;
   S cap;  // 0: no activation; infinity: ReLU; else ReLU that stops there, as ReLU6
   const S* x;
   const S* other;  // forward: what is added before the activation; backward: the output; or null
@@ -127,6 +127,18 @@ struct PoolRow {
   uint8_t* at;
 };
 
+// Depthwise convolution of a plane padded with zeros, which may be read as far as a whole vector of outputs needs; or the
+// gradient of its weights: the sums over `out`, which then holds the gradient and is only read.
+template <class S>
+struct DepthwiseArgs {
+  const S* padded;
+  ptrdiff_t pitch, kernel_rows, kernel_columns, row_stride, stride;
+  const S* weights;
+  S* out;  // `rows` of n adjacent elements
+  ptrdiff_t out_pitch, rows, n;
+  double* sums;
+};
+
 template <class S>
 struct KernelsOf {
   // Index v - 1: a tile of v * lanes columns.
@@ -138,6 +150,8 @@ struct KernelsOf {
   Movers<S, S> move;
   NormKernels<S> planes, rows;
   void (*max_pool_row)(const PoolRow<S>&);
+  void (*depthwise)(const DepthwiseArgs<S>&);
+  void (*depthwise_grad_weight)(const DepthwiseArgs<S>&);
 };
 
 struct Kernels {

@@ -1,7 +1,6 @@
 #include "norm.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "norm_tasks.h"
@@ -33,14 +32,6 @@ struct Rows {
     return sums;
   }
 };
-
-template <class S>
-void finish_stats(const NormForward<S>& call, int64_t c, double count, double sum, double squares, double close) {
-  const double mean = sum / count, variance = std::max(0.0, squares / count - mean * mean);
-  call.mean[c] = static_cast<S>(close + mean);
-  call.inv_std[c] = static_cast<S>(1.0 / std::sqrt(variance + call.eps));
-  call.variance[c] = static_cast<S>(variance * count / std::max(1.0, count - 1.0));
-}
 
 }  // namespace
 
@@ -99,14 +90,7 @@ void norm_backward(const NormShape& shape, const NormBackward<S>& call) {
   all.masked = call.grad_residual;
   all.out = call.grad_x;
   all.mean = call.mean;
-  auto finish = [&](int64_t c, double sum, double product) {
-    const double inv_std = call.inv_std[c], scale = (call.gamma ? double(call.gamma[c]) : 1.0) * inv_std;
-    if (call.grad_gamma) call.grad_gamma[c] = static_cast<S>(product * inv_std);
-    if (call.grad_beta) call.grad_beta[c] = static_cast<S>(sum);
-    per.scale_grad[c] = static_cast<S>(scale);
-    per.slope[c] = static_cast<S>(-scale * inv_std * inv_std * product / double(count));
-    per.offset[c] = static_cast<S>(-scale * sum / double(count));
-  };
+  auto finish = [&](int64_t c, double sum, double product) { finish_gradients(call, per, c, double(count), sum, product); };
   for (int64_t c = 0; c < channels; ++c)
     per.affine(c, call.gamma, call.beta, call.mean[c], call.inv_std[c]);
   per.point(all, 0);

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "dispatch.h"
@@ -53,7 +54,7 @@ template <class S>
 NormArgs<S> slice(const NormShape& shape, const NormArgs<S>& all, int64_t start, int64_t rows, int64_t channels) {
   NormArgs<S> a = all;
   a.rows = rows;
-  a.pitch = shape.channels * shape.inner;
+  a.pitch = a.x_pitch = a.out_pitch = shape.channels * shape.inner;
   a.channels = channels;
   a.n = shape.inner;
   a.x = moved(a.x, start);
@@ -62,6 +63,25 @@ NormArgs<S> slice(const NormShape& shape, const NormArgs<S>& all, int64_t start,
   a.masked = moved(a.masked, start);
   a.out = moved(a.out, start);
   return a;
+}
+
+template <class S>
+void finish_stats(const NormForward<S>& call, int64_t c, double count, double sum, double squares, double close) {
+  const double mean = sum / count, variance = std::max(0.0, squares / count - mean * mean);
+  call.mean[c] = static_cast<S>(close + mean);
+  call.inv_std[c] = static_cast<S>(1.0 / std::sqrt(variance + call.eps));
+  call.variance[c] = static_cast<S>(variance * count / std::max(1.0, count - 1.0));
+}
+
+// The gradients of channel c's parameters, and what `grad_apply` needs, from its two sums.
+template <class S>
+void finish_gradients(const NormBackward<S>& call, Channels<S>& per, int64_t c, double count, double sum, double product) {
+  const double inv_std = call.inv_std[c], scale = (call.gamma ? double(call.gamma[c]) : 1.0) * inv_std;
+  if (call.grad_gamma) call.grad_gamma[c] = static_cast<S>(product * inv_std);
+  if (call.grad_beta) call.grad_beta[c] = static_cast<S>(sum);
+  per.scale_grad[c] = static_cast<S>(scale);
+  per.slope[c] = static_cast<S>(-scale * inv_std * inv_std * product / count);
+  per.offset[c] = static_cast<S>(-scale * sum / count);
 }
 
 // Runs task(args, first channel, sums of its channels, scratch) for groups of adjacent planes.

@@ -14,10 +14,10 @@ struct Norm {
 
   // sum and squares += those of x - mean
   static void sums(const NormArgs<S>& a, double* sum, double* squares, S* scratch) {
-    reduce(a, sum, squares, scratch, [&a](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c, auto add) {
+    reduce(a, sum, squares, scratch, [&a](At at, ptrdiff_t len, ptrdiff_t c, auto add) __attribute__((always_inline)) {
       const Param mean(a.mean + c);
-      columns(len, [&](ptrdiff_t i, ptrdiff_t count) {
-        const V d = V::keep_some(subtract(get(a.x + at + i, count), mean(i, count)), count);
+      columns(len, [&](ptrdiff_t i, ptrdiff_t count) __attribute__((always_inline)) {
+        const V d = V::keep_some(subtract(get(a.x + at.x + i, count), mean(i, count)), count);
         add(i, count, d, d, d);
       });
     });
@@ -34,12 +34,12 @@ struct Norm {
 
   // sum of g and of g * (x - mean), where g is grad where the activation let it pass; g goes to `masked` if wanted
   static void grad_sums(const NormArgs<S>& a, double* sum, double* product, S* scratch) {
-    reduce(a, sum, product, scratch, [&a](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c, auto add) {
+    reduce(a, sum, product, scratch, [&a](At at, ptrdiff_t len, ptrdiff_t c, auto add) __attribute__((always_inline)) {
       const Param mean(a.mean + c);
       const Gate gate(a, c);
-      columns(len, [&](ptrdiff_t i, ptrdiff_t count) {
-        const V x = get(a.x + at + i, count), g = gate(at + i, i, x, count);
-        if (a.masked) put(g, a.masked + at + i, count);
+      columns(len, [&](ptrdiff_t i, ptrdiff_t count) __attribute__((always_inline)) {
+        const V x = get(a.x + at.x + i, count), g = gate(at.all + i, i, x, count);
+        if (a.masked) put(g, a.masked + at.all + i, count);
         add(i, count, g, g, subtract(x, mean(i, count)));
       });
     });
@@ -75,44 +75,52 @@ struct Norm {
   };
 
   template <bool Relu, bool Residual>
-  static void apply_as(const NormArgs<S>& a) {
-    runs(a, 0, a.rows, [&a](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c) {
+  static void apply_as(const NormArgs<S>& args) {
+    const NormArgs<S> a = args;  // a copy that no store can change: rows are short
+    runs(a, 0, a.rows, [&a](At at, ptrdiff_t len, ptrdiff_t c) __attribute__((always_inline)) {
       const Param scale(a.scale + c), shift(a.shift + c);
       const V cap = V::broadcast(a.cap);
-      columns(len, [&](ptrdiff_t i, ptrdiff_t count) {
-        V y = V::fma(get(a.x + at + i, count), scale(i, count), shift(i, count));
-        if (Residual) y = V::add(y, get(a.other + at + i, count));
+      columns(len, [&](ptrdiff_t i, ptrdiff_t count) __attribute__((always_inline)) {
+        V y = V::fma(get(a.x + at.x + i, count), scale(i, count), shift(i, count));
+        if (Residual) y = V::add(y, get(a.other + at.all + i, count));
         if (Relu) y = V::min(cap, V::relu(y));
-        put(y, a.out + at + i, count);
+        put(y, a.out + at.out + i, count);
       });
     });
   }
 
   template <bool Training>
-  static void grad_apply_as(const NormArgs<S>& a) {
-    runs(a, 0, a.rows, [&a](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c) {
+  static void grad_apply_as(const NormArgs<S>& args) {
+    const NormArgs<S> a = args;
+    runs(a, 0, a.rows, [&a](At at, ptrdiff_t len, ptrdiff_t c) __attribute__((always_inline)) {
       const Gate gate(a, c);
       const Param scale(a.scale_grad + c), mean(a.mean + c), slope((Training ? a.slope : a.mean) + c), offset(a.offset + c);
-      columns(len, [&](ptrdiff_t i, ptrdiff_t count) {
-        const V x = get(a.x + at + i, count);
-        const V g = a.masked ? get(a.masked + at + i, count) : gate(at + i, i, x, count);
-        if (!Training) return put(V::mul(g, scale(i, count)), a.out + at + i, count);
+      columns(len, [&](ptrdiff_t i, ptrdiff_t count) __attribute__((always_inline)) {
+        const V x = get(a.x + at.x + i, count);
+        const V g = a.masked ? get(a.masked + at.all + i, count) : gate(at.all + i, i, x, count);
+        if (!Training) return put(V::mul(g, scale(i, count)), a.out + at.out + i, count);
         const V centred = subtract(x, mean(i, count));
         const V y = V::fma(centred, slope(i, count), offset(i, count));
-        put(V::fma(g, scale(i, count), y), a.out + at + i, count);
+        put(V::fma(g, scale(i, count), y), a.out + at.out + i, count);
       });
     });
   }
+
+  // Where a run begins in x, in out, and in all else.
+  struct At {
+    ptrdiff_t x, out, all;
+  };
 
   // visit(where a run begins, its length, its first channel)
   template <class Visit>
   static inline __attribute__((always_inline)) void runs(const NormArgs<S>& a, ptrdiff_t begin, ptrdiff_t end, Visit visit) {
     for (ptrdiff_t r = begin; r < end; ++r) {
+      At at{r * a.x_pitch, r * a.out_pitch, r * a.pitch};
       if (!Planes) {
-        visit(r * a.pitch, a.channels, 0);
+        visit(at, a.channels, 0);
         continue;
       }
-      for (ptrdiff_t c = 0; c < a.channels; ++c) visit(r * a.pitch + c * a.n, a.n, c);
+      for (ptrdiff_t c = 0; c < a.channels; ++c, at.x += a.n, at.out += a.n, at.all += a.n) visit(at, a.n, c);
     }
   }
 
@@ -124,7 +132,7 @@ struct Norm {
     const ptrdiff_t step = terms / a.n > 1 ? terms / a.n : 1;
     for (ptrdiff_t r = 0; r < a.rows; r += step) {
       for (ptrdiff_t i = 0; i < 2 * size; ++i) scratch[i] = S(0);
-      runs(a, r, r + step < a.rows ? r + step : a.rows, [&](ptrdiff_t at, ptrdiff_t len, ptrdiff_t c) {
+      runs(a, r, r + step < a.rows ? r + step : a.rows, [&](At at, ptrdiff_t len, ptrdiff_t c) {
         S *s = scratch + c * lanes, *t = s + size;
         if (!Planes) {
           visit(at, len, c, [=](ptrdiff_t i, ptrdiff_t count, V first, V second, V third) {

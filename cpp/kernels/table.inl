@@ -1,6 +1,7 @@
 // The function table of one ISA, from its two vector types.
 #pragma once
 #include "backward.inl"
+#include "depthwise.inl"
 #include "forward.inl"
 #include "move.inl"
 #include "norm.inl"
@@ -29,7 +30,9 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           {&Move<V, S, S>::copy, &Move<V, S, S>::transpose, &Move<V, S, S>::planes},
           norm_kernels<Norm<V, true>, S>(),
           norm_kernels<Norm<V, false>, S>(),
-          &MaxPool<V>::row};
+          &MaxPool<V>::row,
+          &Depthwise<V>::forward,
+          &Depthwise<V>::grad_weight};
 }
 
 template <class F32, class F64>

@@ -173,3 +173,46 @@ def norm_backward(
     pool: Windows | None,
     taps: int,
 ) -> None: ...
+
+class Stage:
+    """A batch norm of a chain, with its activation; addresses, 0 for what is absent."""
+
+    def __init__(
+        self,
+        training: bool,
+        eps: float,
+        cap: float,
+        gamma: int,
+        beta: int,
+        mean: int,
+        inv_std: int,
+        variance: int,
+        grad_gamma: int,
+        grad_beta: int,
+    ) -> None: ...
+
+def chain_forward(
+    wide: bool,
+    windows: Windows,
+    channels: int,
+    x: int,
+    first: Stage | None,
+    weights: int,
+    second: Stage,
+    out: int,
+) -> None:
+    """[Batch norm, activation,] depthwise convolution, batch norm, activation."""
+
+def chain_backward(
+    wide: bool,
+    windows: Windows,
+    channels: int,
+    x: int,
+    first: Stage | None,
+    weights: int,
+    second: Stage,
+    grad: int,
+    grad_x: int,
+    grad_weights: int,
+) -> None:
+    """Its gradients; those of the batch norms' parameters go to the stages' addresses."""

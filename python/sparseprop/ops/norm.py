@@ -16,7 +16,7 @@ from torch.nn import functional
 from sparseprop.ops.eligible import kernels_may_read
 from sparseprop.ops.pool import PoolSpec, kernels_may_pool, max_pool2d, native_windows, pooled_like
 
-__all__ = ["NormSpec", "batch_norm"]
+__all__ = ["NormSpec", "batch_norm", "update_running"]
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,20 @@ def _forward(
         x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias),
         mean.data_ptr(), inv_std.data_ptr(), _pointer(variance), out.data_ptr(), pool, _pointer(taps),
     )  # fmt: skip
-    if variance is not None and running[0] is not None and spec.momentum:
+    if variance is not None:
+        update_running(running, mean, variance, spec.momentum)
+    return out, mean, inv_std
+
+
+def update_running(
+    running: tuple[Tensor | None, Tensor | None], mean: Tensor, variance: Tensor, momentum: float
+) -> None:
+    """Move running statistics, if there are any, towards those of a batch, (channels,) each."""
+    if momentum:
         with torch.no_grad():
             for kept, new in zip(running, (mean, variance), strict=True):
-                kept.mul_(1 - spec.momentum).add_(new, alpha=spec.momentum)
-    return out, mean, inv_std
+                if kept is not None:
+                    kept.mul_(1 - momentum).add_(new, alpha=momentum)
 
 
 class _BatchNorm(Function):

@@ -1,0 +1,60 @@
+#include "depthwise.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+
+namespace sparseprop {
+
+// The last vector of a row may read into the rows behind: what comes of it is not stored.
+template <class S>
+DepthwisePlane<S>::Padded::Padded(int64_t rows, int64_t columns, int64_t top, int64_t left) {
+  constexpr int64_t line = lanes<S>();
+  pitch = (columns + line - 1) / line * line;
+  storage.assign((rows + 1) * pitch + 8 * line, S(0));
+  const auto address = reinterpret_cast<uintptr_t>(storage.data());
+  begin = storage.data() + (64 - address % 64) % 64 / sizeof(S);
+  first = begin + top * pitch + left;
+}
+
+template <class S>
+DepthwisePlane<S>::DepthwisePlane(const Windows& w)
+    : windows_(w),
+      spreads_(w.stride[0] > 1 || w.stride[1] > 1),
+      padded_(w.in[0] + 2 * w.padding[0], w.in[1] + 2 * w.padding[1], w.padding[0], w.padding[1]),
+      spread_(std::max(w.in[0] + w.padding[0], (w.out[0] - 1) * w.stride[0] + 1) + w.kernel[0] - 1,
+              std::max(w.in[1] + w.padding[1], (w.out[1] - 1) * w.stride[1] + 1) + w.kernel[1] - 1, w.kernel[0] - 1, w.kernel[1] - 1),
+      grad_(spreads_ ? w.out_size() : 0),
+      flipped_(w.taps()) {}
+
+template <class S>
+void DepthwisePlane<S>::forward(const S* weights, S* out) const {
+  const Windows& w = windows_;
+  kernels_of<S>(active_kernels()).depthwise({padded_.begin, padded_.pitch, w.kernel[0], w.kernel[1], w.stride[0], w.stride[1],
+                                             weights, out, w.out[1], w.out[0], w.out[1], nullptr});
+}
+
+template <class S>
+void DepthwisePlane<S>::grad_weight(double* sums) {
+  const Windows& w = windows_;
+  kernels_of<S>(active_kernels()).depthwise_grad_weight({padded_.begin, padded_.pitch, w.kernel[0], w.kernel[1], w.stride[0],
+                                                         w.stride[1], nullptr, grad().data, grad().pitch, w.out[0],
+                                                         w.out[1], sums});
+}
+
+template <class S>
+void DepthwisePlane<S>::grad_input(const S* weights, S* grad_plane) {
+  const Windows& w = windows_;
+  const auto& kernels = kernels_of<S>(active_kernels());
+  if (spreads_) {
+    kernels.move.copy(spread_.first, {w.stride[0] * spread_.pitch, w.stride[1]}, grad_.data(), {w.out[1], 1}, w.out[0], w.out[1]);
+  }
+  std::reverse_copy(weights, weights + w.taps(), flipped_.begin());
+  kernels.depthwise({spread_.begin + w.padding[0] * spread_.pitch + w.padding[1], spread_.pitch, w.kernel[0], w.kernel[1], 1, 1,
+                     flipped_.data(), grad_plane, w.in[1], w.in[0], w.in[1], nullptr});
+}
+
+template class DepthwisePlane<float>;
+template class DepthwisePlane<double>;
+
+}  // namespace sparseprop

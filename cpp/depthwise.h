@@ -1,0 +1,45 @@
+// Depthwise convolution of one plane at a time, with its gradients.
+#pragma once
+#include <vector>
+
+#include "windows.h"
+
+namespace sparseprop {
+
+// Rows of a plane, `pitch` elements apart.
+template <class S>
+struct PlaneRows {
+  S* data;
+  int64_t pitch;
+};
+
+// One thread's work. The caller writes a plane to `input()`, a gradient to `grad()`; both stay as they are until the next.
+template <class S>
+class DepthwisePlane {
+ public:
+  explicit DepthwisePlane(const Windows& windows);
+
+  PlaneRows<S> input() { return {padded_.first, padded_.pitch}; }
+  PlaneRows<S> grad() { return spreads_ ? PlaneRows<S>{grad_.data(), windows_.out[1]} : PlaneRows<S>{spread_.first, spread_.pitch}; }
+
+  void forward(const S* weights, S* out) const;
+  void grad_weight(double* sums);  // adds one number per tap
+  void grad_input(const S* weights, S* grad_plane);
+
+ private:
+  // A plane in zeros; rows begin at cache lines, `first` is where the plane's data begin.
+  struct Padded {
+    Padded(int64_t rows, int64_t columns, int64_t top, int64_t left);
+    std::vector<S> storage;
+    int64_t pitch;
+    S *begin, *first;
+  };
+
+  const Windows windows_;
+  const bool spreads_;  // windows are more than one element apart
+  Padded padded_;
+  Padded spread_;  // the gradient at the distance of the windows: every input has a window of it around
+  std::vector<S> grad_, flipped_;
+};
+
+}  // namespace sparseprop

@@ -1,0 +1,116 @@
+// Depthwise convolution of a padded plane, and its weight gradient: a row's outputs side by side in vectors, the weights
+// of small kernels in registers.
+#pragma once
+#include "../kernels.h"
+
+namespace sparseprop {
+
+template <class V>
+struct Depthwise {
+  using S = typename V::scalar;
+  static constexpr ptrdiff_t w = V::width;
+
+  static void forward(const DepthwiseArgs<S>& a) {
+    pick(a, [&a](auto kernel, auto stride) { forward_as<kernel.value, stride.value>(a); });
+  }
+  static void grad_weight(const DepthwiseArgs<S>& a) {
+    pick(a, [&a](auto kernel, auto stride) { grad_weight_as<kernel.value, stride.value>(a); });
+  }
+
+ private:
+  template <int n>
+  struct Is {
+    static constexpr int value = n;
+  };
+
+  // run(kernel height and width or 0, stride or 0), both known to the compiler
+  template <class Run>
+  static void pick(const DepthwiseArgs<S>& a, Run run) {
+    const bool three = a.kernel_rows == 3 && a.kernel_columns == 3;
+    if (a.stride == 1) return three ? run(Is<3>{}, Is<1>{}) : run(Is<0>{}, Is<1>{});
+    if (a.stride == 2) return three ? run(Is<3>{}, Is<2>{}) : run(Is<0>{}, Is<2>{});
+    run(Is<0>{}, Is<0>{});
+  }
+
+  template <int kernel, int stride>
+  static void forward_as(const DepthwiseArgs<S>& args) {
+    const DepthwiseArgs<S> a = args;  // a copy that no store can change
+    if constexpr (kernel == 0) {
+      rows(a, [&a](const S* in, S* out, ptrdiff_t count) __attribute__((always_inline)) {
+        V sum = V::zero();
+        const S* weight = a.weights;
+        for (ptrdiff_t r = 0; r < a.kernel_rows; ++r, in += a.pitch)
+          for (ptrdiff_t c = 0; c < a.kernel_columns; ++c) sum = V::fma(V::broadcast(*weight++), load<stride>(in + c, a.stride), sum);
+        put(sum, out, count);
+      });
+    } else {
+      V weight[kernel * kernel];
+      for (int t = 0; t < kernel * kernel; ++t) weight[t] = V::broadcast(a.weights[t]);
+      rows(a, [&](const S* in, S* out, ptrdiff_t count) __attribute__((always_inline)) {
+        V sum[kernel];  // a chain of sums for each row of the window
+        for (int r = 0; r < kernel; ++r) {
+          sum[r] = V::mul(weight[r * kernel], load<stride>(in + r * a.pitch, a.stride));
+          for (int c = 1; c < kernel; ++c) sum[r] = V::fma(weight[r * kernel + c], load<stride>(in + r * a.pitch + c, a.stride), sum[r]);
+        }
+        for (int r = 1; r < kernel; ++r) sum[0] = V::add(sum[0], sum[r]);
+        put(sum[0], out, count);
+      });
+    }
+  }
+
+  template <int kernel, int stride>
+  static void grad_weight_as(const DepthwiseArgs<S>& args) {
+    const DepthwiseArgs<S> a = args;
+    if constexpr (kernel == 0) {
+      for (ptrdiff_t r = 0; r < a.kernel_rows; ++r) {
+        for (ptrdiff_t c = 0; c < a.kernel_columns; ++c) {
+          V sum = V::zero();
+          rows(a, [&](const S* in, const S* grad, ptrdiff_t count) __attribute__((always_inline)) {
+            sum = V::fma(get(grad, count), V::keep_some(load<stride>(in + r * a.pitch + c, a.stride), count), sum);
+          });
+          a.sums[r * a.kernel_columns + c] += static_cast<double>(sum.sum());
+        }
+      }
+    } else {
+      V sum[kernel * kernel];
+      for (V& s : sum) s = V::zero();
+      rows(a, [&](const S* in, const S* grad, ptrdiff_t count) __attribute__((always_inline)) {
+        const V g = get(grad, count);
+        for (int r = 0; r < kernel; ++r) {
+          for (int c = 0; c < kernel; ++c) {
+            V& s = sum[r * kernel + c];
+            s = V::fma(g, V::keep_some(load<stride>(in + r * a.pitch + c, a.stride), count), s);
+          }
+        }
+      });
+      for (int t = 0; t < kernel * kernel; ++t) a.sums[t] += static_cast<double>(sum[t].sum());
+    }
+  }
+
+  // visit(first element of the windows, outputs, how many)
+  template <class Visit>
+  static inline __attribute__((always_inline)) void rows(const DepthwiseArgs<S>& a, Visit visit) {
+    const ptrdiff_t n = a.n, step = w * a.stride, in_pitch = a.row_stride * a.pitch;
+    const S* in_row = a.padded;
+    S* out = a.out;
+    for (ptrdiff_t h = a.rows; h > 0; --h, in_row += in_pitch, out += a.out_pitch) {
+      const S* in = in_row;
+      ptrdiff_t i = 0;
+      for (; i + w <= n; i += w, in += step) visit(in, out + i, w);
+      if (i < n) visit(in, out + i, n - i);
+    }
+  }
+
+  template <int stride>
+  static inline V load(const S* p, ptrdiff_t step) {
+    if constexpr (stride == 1) return V::loadu(p);
+    if constexpr (stride == 2) return V::load_even(p);
+    S lane[w];
+    for (ptrdiff_t j = 0; j < w; ++j) lane[j] = p[j * step];
+    return V::loadu(lane);
+  }
+  static inline V get(const S* p, ptrdiff_t count) { return count == w ? V::loadu(p) : V::load_some(p, count); }
+  static inline void put(V v, S* p, ptrdiff_t count) { count == w ? v.storeu(p) : v.store_some(p, count); }
+};
+
+}  // namespace sparseprop

@@ -1,0 +1,220 @@
+"""Depthwise convolution between batch norms, channel by channel: nothing in between reaches memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+
+from sparseprop.ops.eligible import kernels_may_read
+from sparseprop.ops.norm import NormSpec, batch_norm, update_running
+from sparseprop.ops.pool import PoolSpec, kernels_may_pool, native_windows, pooled_like
+
+__all__ = ["Stage", "chain", "kernels_may_chain"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A batch norm of the chain, with the activation behind it.
+
+    Attributes:
+        running: mean and variance, (channels,), each or both None, as `batch_norm` takes them.
+        weight, bias: (channels,), or None.
+        spec: its options; without pooling.
+    """
+
+    running: tuple[Tensor | None, Tensor | None]
+    weight: Tensor | None
+    bias: Tensor | None
+    spec: NormSpec
+
+    def tensors(self) -> list[Tensor]:
+        """All there are."""
+        return [tensor for tensor in (*self.running, self.weight, self.bias) if tensor is not None]
+
+
+def chain(x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage) -> Tensor:
+    """`second(depthwise(first(x)))`, with the batch norms' activations; updates running statistics.
+
+    Saves `x` alone for the backward pass, which computes the rest again.
+
+    Args:
+        x: (N, C, H, W), as `kernels_may_chain` wants it.
+        first: the batch norm in front of the convolution, or None.
+        weight: of the convolution, (C, 1, height, width).
+        windows: its kernel, stride and padding.
+        second: the batch norm behind it.
+
+    >>> stage = Stage((None, None), None, None, NormSpec(training=True, eps=0.0))
+    >>> x, weight = torch.tensor([[[[1.0, 3.0]]]]), torch.ones(1, 1, 1, 1)
+    >>> chain(x, None, weight, PoolSpec((1, 1), (1, 1)), stage)
+    tensor([[[[-1.,  1.]]]])
+    """
+    if torch.is_grad_enabled():
+        params = (None, None) if first is None else (first.weight, first.bias)
+        return _apply(x, *params, weight, second.weight, second.bias, first, windows, second)
+    return _forward(x, first, weight, windows, second)[0]
+
+
+def kernels_may_chain(
+    x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage
+) -> bool:
+    """Whether our kernels can do it, and torch would not refuse it."""
+    stages = [second] if first is None else [first, second]
+    tensors = [weight, *(tensor for stage in stages for tensor in stage.tensors())]
+    return (
+        kernels_may_pool(x, windows)
+        and kernels_may_read(x, *tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and weight.shape == (x.shape[1], 1, *windows.kernel)
+        and weight.is_contiguous()
+        and all(_fits(stage, x.shape[1]) for stage in stages)
+        and all(
+            not stage.spec.training or x.shape[0] * size > 1
+            for stage, size in zip(reversed(stages), (_size(x, windows), x[0, 0].numel()), strict=False)
+        )
+    )
+
+
+def _fits(stage: Stage, channels: int) -> bool:
+    return (
+        (stage.running[0] is None) == (stage.running[1] is None)
+        and (stage.spec.training or stage.running[0] is not None)
+        and all(tensor.shape == (channels,) and tensor.is_contiguous() for tensor in stage.tensors())
+    )
+
+
+def _size(x: Tensor, windows: PoolSpec) -> int:
+    height, width = windows.output_size(x.shape[2:])
+    return height * width
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What a stage normalizes by, (channels,) each."""
+
+    mean: Tensor
+    inv_std: Tensor
+
+
+def _statistics(stage: Stage, like: Tensor, channels: int) -> tuple[_Statistics, Tensor | None]:
+    """Those known, or room for those of the batch, and for its variance."""
+    if stage.spec.training:
+        mean, inv_std, variance = like.new_empty(3, channels).unbind()
+        return _Statistics(mean, inv_std), variance
+    mean, variance = (cast(Tensor, tensor).detach() for tensor in stage.running)
+    return _Statistics(mean, (variance + stage.spec.eps).rsqrt()), None
+
+
+def _native_stage(
+    stage: Stage, known: _Statistics, variance: Tensor | None = None, grads: tuple[Any, Any] = (None, None)
+) -> Any:
+    from sparseprop import _native as native
+
+    tensors = (stage.weight, stage.bias, known.mean, known.inv_std, variance, *grads)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return native.Stage(stage.spec.training, stage.spec.eps, stage.spec.cap, *addresses)
+
+
+def _forward(
+    x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage
+) -> tuple[Tensor, list[_Statistics]]:
+    from sparseprop import _native as native
+
+    out, channels = pooled_like(x, windows), x.shape[1]
+    stages = [second] if first is None else [first, second]
+    known = [_statistics(stage, x, channels) for stage in stages]
+    given = [_native_stage(stage, *statistics) for stage, statistics in zip(stages, known, strict=True)]
+    native.chain_forward(
+        x.dtype is torch.float64, native_windows(x.shape, windows), channels, x.data_ptr(),
+        None if first is None else given[0], weight.data_ptr(), given[-1], out.data_ptr(),
+    )  # fmt: skip
+    for stage, (statistics, variance) in zip(stages, known, strict=True):
+        if variance is not None:
+            update_running(stage.running, statistics.mean, variance, stage.spec.momentum)
+    return out, [statistics for statistics, _ in known]
+
+
+class _Chain(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Any, bias1: Any, weight: Tensor, weight2: Any, bias2: Any,
+        first: Stage | None, windows: PoolSpec, second: Stage,
+    ) -> Tensor:  # fmt: skip
+        out, known = _forward(x, first, weight, windows, second)
+        kept = [
+            # the running mean may have moved on before the backward pass
+            tensor if stage.spec.training else tensor.clone()
+            for stage, statistics in zip([second] if first is None else [first, second], known, strict=True)
+            for tensor in (statistics.mean, statistics.inv_std)
+        ]
+        ctx.save_for_backward(x, weight1, bias1, weight, weight2, bias2, *kept)
+        ctx.specs = None if first is None else first.spec, windows, second.spec
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, bias1, weight, weight2, bias2, *kept = ctx.saved_tensors
+        known = [_Statistics(*kept[i : i + 2]) for i in range(0, len(kept), 2)]
+        first_spec, windows, second_spec = ctx.specs
+        first = None if first_spec is None else _stage(first_spec, weight1, bias1, known[0])
+        second = _stage(second_spec, weight2, bias2, known[-1])
+        if torch.is_grad_enabled():
+            found = _differentiable(grad, ctx.needs_input_grad, x, first, weight, windows, second)
+        else:
+            grad = grad.resolve_neg().contiguous()
+            found = _backward(grad, ctx.needs_input_grad, x, first, weight, windows, second, known)
+        return (*found, None, None, None)
+
+
+_apply = cast("Callable[..., Tensor]", _Chain.apply)
+
+
+def _stage(spec: NormSpec, weight: Any, bias: Any, known: _Statistics) -> Stage:
+    """The stage of the forward pass, which leaves running statistics alone."""
+    running = (None, None) if spec.training else (known.mean, known.inv_std**-2 - spec.eps)
+    return Stage(running, weight, bias, replace(spec, momentum=0.0))
+
+
+def _backward(
+    grad: Tensor, needs: Any, x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage,
+    known: list[_Statistics],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    from sparseprop import _native as native
+
+    grad_x = (
+        torch.empty_like(x) if any(needs[:3]) else None
+    )  # on the way to the first batch norm's parameters
+    per_channel = [x.new_empty(x.shape[1]) if needs[i] else None for i in (1, 2, 4, 5)]
+    grad_weight = torch.empty_like(weight) if needs[3] else None
+    native.chain_backward(
+        x.dtype is torch.float64, native_windows(x.shape, windows), x.shape[1], x.data_ptr(),
+        None if first is None else _native_stage(first, known[0], None, (per_channel[0], per_channel[1])),
+        weight.data_ptr(), _native_stage(second, known[-1], None, (per_channel[2], per_channel[3])),
+        grad.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
+        0 if grad_weight is None else grad_weight.data_ptr(),
+    )  # fmt: skip
+    return grad_x if needs[0] else None, *per_channel[:2], grad_weight, *per_channel[2:]
+
+
+def _differentiable(
+    grad: Tensor, needs: Any, x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage
+) -> tuple[Tensor | None, ...]:
+    """The gradients by torch's functions, to be differentiated once more."""
+    params = (None, None) if first is None else (first.weight, first.bias)
+    tensors = (x, *params, weight, second.weight, second.bias)
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=False) if need]
+    with torch.enable_grad():
+        y = x if first is None else _normed(x, first)
+        y = functional.conv2d(y, weight, None, windows.stride, windows.padding, 1, x.shape[1])
+        found = iter(torch.autograd.grad(_normed(y, second), wanted, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in needs[:6])
+
+
+def _normed(x: Tensor, stage: Stage) -> Tensor:
+    return batch_norm(x, stage.running, stage.weight, stage.bias, stage.spec)
