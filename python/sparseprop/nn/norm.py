@@ -7,6 +7,7 @@ parameters, buffers, names, hooks and `isinstance` stay as they are.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from sparseprop.nn.base import SparseLayer
 from sparseprop.nn.hooks import hooked, hooks_everywhere
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.ops.finish import Finish
-from sparseprop.ops.norm import NormSpec, batch_norm
+from sparseprop.ops.norm import NormSpec, Stage, batch_norm
 
 __all__ = [
     "NATIVE_NORMS",
@@ -47,18 +48,15 @@ class NativeNorm(nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """`pool(activation(batch_norm(input) + residual))`; `cap` as in `NormSpec`, else the module's own."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        track = self.training and self.track_running_stats
         # A ReLU that cannot be marked as done is left to the module behind: two of them are as good as one,
         # but the second may work in place, on what the first has kept for its backward pass.
         can_mark = type(input) is Tensor and not torch.compiler.is_compiling()
         own = self.cap if can_mark else 0.0
-        momentum = self._count() if track else 0.0
+        stage = self.stage(own if cap is None else cap)
+        self.count()
         pool_spec = pool.spec() if isinstance(pool, MaxPool2d) and not hooked(pool) else None
-        spec = NormSpec(training, momentum, self.eps, own if cap is None else cap, pool_spec)
-        statistics = (self.running_mean, self.running_var)
-        running = statistics if track or not training else (None, None)
-        out = batch_norm(input, running, self.weight, self.bias, spec, residual)
+        spec = replace(stage.spec, pool=pool_spec)
+        out = batch_norm(input, stage.running, self.weight, self.bias, spec, residual)
         if cap is None and own:
             setattr(out, _DONE, True)
         return out if pool is None or pool_spec is not None else cast(Tensor, pool(out))
@@ -71,12 +69,23 @@ class NativeNorm(nn.modules.batchnorm._BatchNorm):
         cap = self.cap if cap is None else cap
         return Finish(mean, variance, self.weight, self.bias, self.eps, cap, residual)
 
-    def _count(self) -> float:
-        """Note one more batch; the share it has in the running statistics."""
-        if self.num_batches_tracked is not None:
+    def stage(self, cap: float) -> Stage:
+        """What it does to the next input, with the activation of `cap` behind it."""
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        track = self.training and self.track_running_stats
+        spec = NormSpec(training, self._momentum() if track else 0.0, self.eps, cap)
+        running = (self.running_mean, self.running_var) if track or not training else (None, None)
+        return Stage(running, self.weight, self.bias, spec)
+
+    def count(self) -> None:
+        """Note one more batch, if it keeps statistics."""
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                return 1.0 / float(self.num_batches_tracked)
+
+    def _momentum(self) -> float:
+        """The share that the next batch has in the running statistics."""
+        if self.momentum is None and self.num_batches_tracked is not None:
+            return 1.0 / float(self.num_batches_tracked + 1)
         return 0.0 if self.momentum is None else self.momentum
 
 

@@ -1,4 +1,4 @@
-"""Depthwise convolution between batch norms, channel by channel: nothing in between reaches memory."""
+"""Depthwise convolution between batch norms, channel by channel, while planes are in the cache."""
 
 from __future__ import annotations
 
@@ -12,30 +12,10 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
-from sparseprop.ops.norm import NormSpec, batch_norm, update_running
+from sparseprop.ops.norm import NormSpec, Stage, batch_norm, update_running
 from sparseprop.ops.pool import PoolSpec, kernels_may_pool, native_windows, pooled_like
 
-__all__ = ["Stage", "chain", "kernels_may_chain"]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A batch norm of the chain, with the activation behind it.
-
-    Attributes:
-        running: mean and variance, (channels,), each or both None, as `batch_norm` takes them.
-        weight, bias: (channels,), or None.
-        spec: its options; without pooling.
-    """
-
-    running: tuple[Tensor | None, Tensor | None]
-    weight: Tensor | None
-    bias: Tensor | None
-    spec: NormSpec
-
-    def tensors(self) -> list[Tensor]:
-        """All there are."""
-        return [tensor for tensor in (*self.running, self.weight, self.bias) if tensor is not None]
+__all__ = ["chain", "kernels_may_chain"]
 
 
 def chain(x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage) -> Tensor:
@@ -182,9 +162,15 @@ def _stage(spec: NormSpec, weight: Any, bias: Any, known: _Statistics) -> Stage:
 
 
 def _backward(
-    grad: Tensor, needs: Any, x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage,
+    grad: Tensor,
+    needs: Any,
+    x: Tensor,
+    first: Stage | None,
+    weight: Tensor,
+    windows: PoolSpec,
+    second: Stage,
     known: list[_Statistics],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:
     from sparseprop import _native as native
 
     grad_x = (
@@ -208,7 +194,7 @@ def _differentiable(
     """The gradients by torch's functions, to be differentiated once more."""
     params = (None, None) if first is None else (first.weight, first.bias)
     tensors = (x, *params, weight, second.weight, second.bias)
-    wanted = [tensor for tensor, need in zip(tensors, needs, strict=False) if need]
+    wanted = [cast(Tensor, tensor) for tensor, need in zip(tensors, needs, strict=False) if need]
     with torch.enable_grad():
         y = x if first is None else _normed(x, first)
         y = functional.conv2d(y, weight, None, windows.stride, windows.padding, 1, x.shape[1])

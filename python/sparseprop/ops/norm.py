@@ -16,7 +16,7 @@ from torch.nn import functional
 from sparseprop.ops.eligible import kernels_may_read
 from sparseprop.ops.pool import PoolSpec, kernels_may_pool, max_pool2d, native_windows, pooled_like
 
-__all__ = ["NormSpec", "batch_norm", "update_running"]
+__all__ = ["NormSpec", "Stage", "batch_norm", "update_running"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,26 @@ class NormSpec:
     eps: float = 1e-5
     cap: float = 0.0
     pool: PoolSpec | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A batch norm with its tensors, and what follows it.
+
+    Attributes:
+        running: mean and variance, (channels,), each or both None, as `batch_norm` takes them.
+        weight, bias: (channels,), or None.
+        spec: its options.
+    """
+
+    running: tuple[Tensor | None, Tensor | None]
+    weight: Tensor | None
+    bias: Tensor | None
+    spec: NormSpec
+
+    def tensors(self) -> list[Tensor]:
+        """All there are."""
+        return [tensor for tensor in (*self.running, self.weight, self.bias) if tensor is not None]
 
 
 def batch_norm(

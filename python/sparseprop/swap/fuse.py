@@ -36,6 +36,7 @@ class Fusion:
         reason: why no ReLU, or nothing at all, in a few words; "" if both.
         adds: whether it takes an addition along as well, of a residual connection.
         pool: name of the max pooling behind the ReLU that it takes along, None if none.
+        conv: name of the depthwise convolution that it runs in one chain with, None if none.
     """
 
     name: str
@@ -44,14 +45,16 @@ class Fusion:
     reason: str
     adds: bool = False
     pool: str | None = None
+    conv: str | None = None
 
 
 def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
     """Which batch norms of `model` can become native, and which can take the ReLU behind them along.
 
     A ReLU is found by tracing (`torch.fx`): a module anywhere in the model, in its training mode as it is;
-    additions, functional ReLUs and max pooling in the forward of the module that owns the batch norm. What
-    cannot be traced still gets native batch norms. Changes nothing.
+    additions, functional ReLUs, max pooling and depthwise convolutions in the forward of the module that owns
+    the batch norm, or a container around it. What cannot be traced still gets native batch norms. Changes
+    nothing.
 
     >>> plan_fusion(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))[0].relu
     '1'
@@ -67,7 +70,7 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
             plan.append(Fusion(name, None, False, f"{type(module).__name__} is not torch's own batch norm"))
         elif name in calls:
             call = calls[name]
-            plan.append(Fusion(name, call.relu, True, "", call.adds, call.pool))
+            plan.append(Fusion(name, call.relu, True, "", call.adds, call.pool, call.conv))
         elif name not in relus:
             plan.append(Fusion(name, None, True, why_not or "no ReLU module alone behind it"))
         elif hooked(module) or hooked(model.get_submodule(relus[name])):
@@ -85,9 +88,9 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
-    registered later on a ReLU behind an addition or before a max pooling are not called, and attributes that
-    steer a module's forward are read now: `unfuse` before you change either, then `fuse` again. (Other hooks,
-    and children added or removed, count whenever they come.)
+    registered later on a ReLU behind an addition, before a max pooling or beside a depthwise convolution are
+    not called, and attributes that steer a module's forward are read now: `unfuse` before you change either,
+    then `fuse` again. (Other hooks, and children added or removed, count whenever they come.)
 
     Args:
         model: any eager module, swapped or not.
@@ -106,7 +109,7 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
             continue
         norm = modules[fusion.name]
         norm.__class__ = NATIVE_NORMS[type(norm)]
-        if fusion.relu in modules and not fusion.adds and not fusion.pool:
+        if fusion.relu in modules and not (fusion.adds or fusion.pool or fusion.conv):
             relu = modules[fusion.relu]
             kind = _TORCH_RELUS.get(
                 type(relu), type(relu)
@@ -149,16 +152,19 @@ def _own_calls(model: nn.Module) -> dict[str, NormCall]:
     found: dict[str, NormCall] = {}
     for name, module in model.named_modules():
         for call in norm_calls(module):
-            if call.relu is None:
+            if call.relu is None and call.conv is None:
                 continue
             relu = call.relu if call.relu == FUNCTION else _join(name, call.relu)
-            pool = None if call.pool is None else _join(name, call.pool)
-            found[_join(name, call.norm)] = dataclasses.replace(call, relu=relu, pool=pool)
+            pool, conv = _join(name, call.pool), _join(name, call.conv)
+            # a module that looks into its containers comes before them
+            found.setdefault(
+                cast(str, _join(name, call.norm)), dataclasses.replace(call, relu=relu, pool=pool, conv=conv)
+            )
     return found
 
 
-def _join(module: str, child: str) -> str:
-    return f"{module}.{child}" if module else child
+def _join(module: str, child: str | None) -> str | None:
+    return f"{module}.{child}" if module and child else child
 
 
 class _Tracer(fx.Tracer):

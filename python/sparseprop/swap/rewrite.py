@@ -1,7 +1,8 @@
 """Modules in whose own forward a batch norm takes its neighbours along, where `matches` finds them.
 
 Such a module gets a class of its own, derived from its class, whose forward is the traced and changed one.
-Only the module's own code is traced: its children stay calls, with their hooks.
+Only the module's own code is traced: its children stay calls, with their hooks, but for flat containers
+with a part of a chain in them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from sparseprop.swap.matches import matches
+from sparseprop.nn.hooks import hooked
+from sparseprop.swap.matches import Matches, matches
 
 __all__ = ["Rewritten", "restore", "rewrite"]
 
@@ -24,7 +26,17 @@ class _Runs:
     """Forwards by `training`, which the traced code may depend on, and the children they know."""
 
     by_mode: dict[bool, Callable[..., Any]]
-    children: tuple[str, ...]
+    inlined: tuple[str, ...]
+    children: tuple[Any, ...]
+
+
+def _children(module: nn.Module, inlined: tuple[str, ...]) -> tuple[Any, ...]:
+    """Names of the children, and of those in containers that the code looks into while they have no hooks."""
+    found: list[Any] = [*module._modules]
+    for name in inlined:
+        container = module._modules.get(name)
+        found.append(None if container is None or hooked(container) else tuple(container._modules))
+    return tuple(found)
 
 
 class Rewritten(nn.Module):
@@ -36,7 +48,7 @@ class Rewritten(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's; itself that once children were added or removed, as in a `nn.Sequential`."""
         runs = vars(self).get(_RUNS)
-        if runs is None or runs.children != tuple(self._modules):
+        if runs is None or runs.children != _children(self, runs.inlined):
             return self._base.forward(self, *args, **kwargs)
         return runs.by_mode[self.training](self, *args, **kwargs)
 
@@ -79,20 +91,22 @@ def _blank(base: type[nn.Module]) -> Rewritten:
 
 
 def _attach(module: Rewritten) -> None:
-    by_mode = {training: _forward(module, training) for training in (True, False)}
-    vars(module)[_RUNS] = _Runs(by_mode, tuple(module._modules))
+    found = {training: matches(module, training) for training in (True, False)}
+    by_mode = {training: _forward(module, found[training]) for training in found}
+    inlined = max(found[True].inlined, found[False].inlined, key=len)
+    vars(module)[_RUNS] = _Runs(by_mode, inlined, _children(module, inlined))
 
 
-def _forward(module: nn.Module, training: bool) -> Callable[..., Any]:
+def _forward(module: nn.Module, matches: Matches) -> Callable[..., Any]:
     """The module's forward, as a function of it, with every match made one call."""
-    found = list(matches(module, training))
-    if not found:
+    if not matches.found:
         return getattr(module, "_base", type(module)).forward
-    graph = found[0].norm.graph
-    for match in found:
-        with graph.inserting_before(match.last):
+    graph = matches.found[0].replaced()[0].graph
+    for match in matches.found:
+        last, *_ = match.replaced()
+        with graph.inserting_before(last):
             call = match.insert(graph)
-        match.last.replace_all_uses_with(call)
+        last.replace_all_uses_with(call)
         for node in match.replaced():
             graph.erase_node(node)
     code = graph.python_code("self")

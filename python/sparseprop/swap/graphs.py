@@ -1,0 +1,141 @@
+"""The graph of a module's own forward, and questions about its nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from sparseprop.nn.base import SparseLayer
+from sparseprop.nn.hooks import hooked
+from sparseprop.nn.norm import NATIVE_NORMS, NativeNorm
+from sparseprop.swap.tracing import trace
+
+__all__ = [
+    "ADDS",
+    "FUNCTION",
+    "activation",
+    "child",
+    "is_call",
+    "is_norm_call",
+    "is_plain",
+    "layer_before",
+    "may_wait",
+    "name_of",
+    "only_user",
+    "own_graph",
+]
+
+FUNCTION = "relu()"
+ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ACTIVATIONS = {
+    functional.relu: torch.inf, torch.relu: torch.inf, torch.relu_: torch.inf, "relu": torch.inf,
+    "relu_": torch.inf, functional.relu6: 6.0,
+}  # fmt: skip
+
+
+class _OwnCode(fx.Tracer):
+    def __init__(self, inlined: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.inlined = set(map(id, inlined))
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return id(m) not in self.inlined
+
+
+def own_graph(module: nn.Module, training: bool, inlined: Sequence[nn.Module] = ()) -> fx.Graph | None:
+    """The module's forward in that mode, with children as calls, but those `inlined`; None if untraceable."""
+    mode, kinds = module.training, [(traced, type(traced)) for traced in (module, *inlined)]
+    for traced, kind in kinds:
+        traced.__class__ = getattr(kind, "_base", kind)
+    module.training = training
+    try:
+        return trace(_OwnCode(inlined), module)[0]
+    finally:
+        module.training = mode
+        for traced, kind in kinds:
+            traced.__class__ = kind
+
+
+def child(node: fx.Node | None, module: nn.Module) -> nn.Module | None:
+    """The module that a node calls."""
+    return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+
+
+def is_call(node: fx.Node, targets: tuple[Any, ...]) -> bool:
+    """Whether it calls one of these functions or methods."""
+    return node.op in ("call_function", "call_method") and node.target in targets
+
+
+def is_plain(node: fx.Node) -> bool:
+    """Whether it has one argument alone."""
+    return len(node.args) == 1 and not node.kwargs
+
+
+def is_norm_call(node: fx.Node, module: nn.Module) -> bool:
+    """Whether it calls a batch norm that is, or can become, native."""
+    norm = child(node, module)
+    known = isinstance(norm, NativeNorm) or type(norm) in NATIVE_NORMS
+    return known and is_plain(node) and norm is not None and not hooked(norm)
+
+
+def activation(node: fx.Node | None, module: nn.Module) -> tuple[str, float] | None:
+    """The name of the ReLU or ReLU6 that a node calls, `FUNCTION` for a function, and its cap."""
+    called = child(node, module)
+    if isinstance(called, nn.ReLU | nn.ReLU6):
+        name = str(node.target) if node is not None else ""
+        return None if hooked(called) else (name, 6.0 if isinstance(called, nn.ReLU6) else torch.inf)
+    if node is None or not is_call(node, tuple(_ACTIVATIONS)) or set(node.kwargs) - {"inplace"}:
+        return None
+    return FUNCTION, _ACTIVATIONS[node.target]
+
+
+def layer_before(node: fx.Node, module: nn.Module) -> fx.Node | None:
+    """The sparse layer whose output the node alone reads."""
+    before = node.args[0]
+    if not isinstance(before, fx.Node) or len(before.users) != 1 or not is_plain(before):
+        return None
+    layer = child(before, module)
+    return before if isinstance(layer, SparseLayer) and not hooked(layer) else None
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that reads its result, None if there are more or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def name_of(node: fx.Node | None) -> str | None:
+    """The name of the module it calls."""
+    return None if node is None else str(node.target)
+
+
+def may_wait(nodes: Sequence[fx.Node], module: nn.Module) -> bool:
+    """Whether the calls, last one first, may all wait for the last of them."""
+    last, *_ = nodes
+    first, moved = nodes[-1], nodes[1:]
+    moved_past = [step for step in _between(first, last) if step not in moved]
+    targets = {node.target for node in moved if node.op == "call_module"}
+    return not any(_writes(step, module) or step.target in targets for step in moved_past)
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first
+    while node is not last:
+        node = node.next
+        if node is not last:
+            yield node
+
+
+def _writes(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a call may change a tensor that it was given, which a call moved past it might read."""
+    if node.op == "call_module":
+        return any(
+            getattr(part, "inplace", False) for part in module.get_submodule(str(node.target)).modules()
+        )
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = str(name).endswith("_") or name in ("setitem", "iadd", "isub", "imul", "itruediv")
+    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
