@@ -143,6 +143,19 @@ def test_saved_model_is_sparse_and_gives_the_reported_accuracy(tmp_path: Path) -
     assert right.float().mean().item() == pytest.approx(result.accuracy_sparse)
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_sparse_model_is_fused_if_wanted_and_learns_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fuse: bool
+) -> None:
+    fused, original = [], sparseprop.fuse
+    monkeypatch.setattr(sparseprop, "fuse", lambda model: fused.append(original(model)) or fused[-1])
+    result = finetune(small_job(tmp_path / "run", fuse=fuse))
+    assert bool(fused) == fuse
+    monkeypatch.undo()
+    other = finetune(small_job(tmp_path / "other", fuse=not fuse))
+    assert result.accuracy_sparse == pytest.approx(other.accuracy_sparse, abs=0.02)
+
+
 def test_layers_too_dense_for_a_swap_keep_their_zeros(tmp_path: Path) -> None:
     job = small_job(tmp_path / "run", scope="global", sparsity=0.6, min_sparsity=0.6)
     result = finetune(job)

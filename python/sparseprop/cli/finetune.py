@@ -40,6 +40,9 @@ def finetune(
     scope: Annotated[str, _option("layer, or global: rank all weights together.")] = _DEFAULTS.scope,
     min_sparsity: Annotated[float | None, _option("Swap every layer at least this sparse.")] = None,
     measure: Annotated[bool, _option("Decide by measurement which layers to swap.")] = _DEFAULTS.measure,
+    fuse: Annotated[
+        bool, _option("Fuse batch norms of the sparse model with what follows.")
+    ] = _DEFAULTS.fuse,
     pretrain_epochs: Annotated[int, _option("Epochs on the source data.")] = _DEFAULTS.pretrain_epochs,
     prune_epochs: Annotated[int, _option("Epochs of gradual pruning.")] = _DEFAULTS.prune_epochs,
     finetune_epochs: Annotated[int, _option("Epochs after it.", "--epochs")] = _DEFAULTS.finetune_epochs,

@@ -24,7 +24,8 @@ class FinetuneConfig:
     ``sparsity`` counts over the layers that are pruned: all plain ``Linear`` and ``Conv`` layers but the
     first and the classifier. ``scope`` ``"layer"`` prunes each of them that far, ``"global"`` ranks all
     weights together. ``min_sparsity`` swaps every layer at least that sparse; without it a cost model
-    decides, or measurements if ``measure`` (then two runs of one job may differ in their last bits).
+    decides, or measurements if ``measure`` (then two runs of one job may differ in their last bits). ``fuse``
+    lets `sparseprop.fuse` speed up what lies between the layers of the sparse model.
 
     Raises `SparsePropError` for a value out of range, by name.
 
@@ -41,6 +42,7 @@ class FinetuneConfig:
     scope: Literal["layer", "global"] = "layer"
     min_sparsity: float | None = None
     measure: bool = False
+    fuse: bool = True
     pretrain_epochs: int = 3
     prune_epochs: int = 4
     finetune_epochs: int = 8

@@ -26,7 +26,7 @@ def swap_pruned(
     model: nn.Module, masks: Mapping[str, Tensor], config: FinetuneConfig, spec: ModelSpec, plan_file: Path
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Swap the masked layers of ``model`` as the plan in ``plan_file`` says, made and written there first if
-    need be. Returns the model and the masks of the layers that stay dense."""
+    need be, and fuse what lies between. Returns the model and the masks of the layers that stay dense."""
     with_masks(model, masks)
     if plan_file.is_file():
         plan = SwapPlan.from_json(plan_file.read_text())
@@ -38,7 +38,7 @@ def swap_pruned(
     left = {name: mask for name, mask in masks.items() if name not in plan.sparse_names}
     for name in left:
         prune.remove(model.get_submodule(name), "weight")  # type: ignore[no-untyped-call]
-    return model, left
+    return sparseprop.fuse(model) if config.fuse else model, left
 
 
 def check_swap(
