@@ -65,6 +65,52 @@ def test_functions_are_taken_along_in_either_mode():
     assert type(unfuse(fused)) is Functional
 
 
+class Optional(Functional):
+    """Decides by what it is given, which a traced value hides."""
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        if shortcut is None:
+            shortcut = x
+        return functional.relu(self.bn1(x) + shortcut)
+
+
+class Required(Functional):
+    """The same of an argument without a default."""
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+        if shortcut is None:
+            shortcut = x
+        return functional.relu(self.bn1(x) + shortcut)
+
+
+class AsksForClass(Functional):
+    """Decides by the class of what it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            x = 2 * x
+        return functional.relu(self.bn1(x) + x)
+
+
+@pytest.mark.parametrize("kind", [Optional, Required])
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
+def test_arguments_that_may_be_none_are_seen(kind, copied):
+    model, x, other = kind(), torch.randn(5, 4), torch.randn(5, 4)
+    fused = copied(fuse(model, inplace=False))
+    torch.testing.assert_close(fused(x, None), model(x, None))
+    torch.testing.assert_close(fused(x, other), model(x, other))
+    torch.testing.assert_close(fused(x, shortcut=other), model(x, shortcut=other))
+    if kind is Optional:
+        assert next((f.relu, f.adds) for f in plan_fusion(model)) == ("relu()", True)
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_code_that_asks_for_classes_is_left_as_it_is():
+    model, x = AsksForClass(), torch.randn(5, 4)
+    assert [fusion.relu for fusion in plan_fusion(model)] == [None, None]
+    torch.testing.assert_close(fuse(model, inplace=False)(x), model(x))
+
+
 class Remembers(Functional):
     """Keeps what it computes."""
 
@@ -131,14 +177,15 @@ def test_copies_of_fused_blocks_are_fused_and_independent(copied):
 
 
 @pytest.mark.parametrize(
-    ("library", "name", "adds"), [("torchvision", "resnet18", 8), ("timm", "resnet26", 8)]
+    ("library", "name", "adds"),
+    [("torchvision", "resnet18", 8), ("timm", "resnet26", 8), ("timm", "dla34", 12)],
 )
 def test_residual_blocks_of_public_networks_are_recognised(library, name, adds):
     if library == "timm":
         model = import_timm().create_model(name, num_classes=5)
     else:
         model = getattr(import_torchvision_models(), name)(num_classes=5)
-    assert sum(fusion.adds for fusion in plan_fusion(model)) == 8
+    assert sum(fusion.adds for fusion in plan_fusion(model)) == adds
     model.double()
     fused, x = fuse(model, inplace=False), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     found = []

@@ -17,7 +17,7 @@ from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.decide import check_model
 from sparseprop.swap.matches import FUNCTION, NormCall, norm_calls
 from sparseprop.swap.rewrite import Rewritten, restore, rewrite
-from sparseprop.swap.tracing import trace
+from sparseprop.swap.tracing import Watched, none_by_default, trace
 
 __all__ = ["Fusion", "fuse", "plan_fusion", "unfuse"]
 
@@ -167,7 +167,7 @@ def _join(module: str, child: str | None) -> str | None:
     return f"{module}.{child}" if module and child else child
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Watched):
     """Looks into everything but torch's and our own layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -176,6 +176,8 @@ class _Tracer(fx.Tracer):
 
 def _following_relus(model: nn.Module) -> tuple[Mapping[str, str], str]:
     """For each batch norm, in all its calls followed by one ReLU module alone, the name of that module."""
+    if none_by_default(model):
+        return {}, "its forward has arguments that may be None"
     graph, why_not = trace(_Tracer(), model)
     if graph is None:
         return {}, why_not

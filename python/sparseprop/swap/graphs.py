@@ -13,7 +13,7 @@ from torch.nn import functional
 from sparseprop.nn.base import SparseLayer
 from sparseprop.nn.hooks import hooked
 from sparseprop.nn.norm import NATIVE_NORMS, NativeNorm
-from sparseprop.swap.tracing import trace
+from sparseprop.swap.tracing import Watched, trace
 
 __all__ = [
     "ADDS",
@@ -38,7 +38,7 @@ _ACTIVATIONS = {
 }  # fmt: skip
 
 
-class _OwnCode(fx.Tracer):
+class _OwnCode(Watched):
     def __init__(self, inlined: Sequence[nn.Module]) -> None:
         super().__init__()
         self.inlined = set(map(id, inlined))

@@ -7,6 +7,7 @@ with a part of a chain in them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torch import nn
 
 from sparseprop.nn.hooks import hooked
 from sparseprop.swap.matches import Matches, matches
+from sparseprop.swap.tracing import none_by_default
 
 __all__ = ["Rewritten", "restore", "rewrite"]
 
@@ -28,6 +30,13 @@ class _Runs:
     by_mode: dict[bool, Callable[..., Any]]
     inlined: tuple[str, ...]
     children: tuple[Any, ...]
+    names: tuple[str, ...]  # of the forward's arguments
+    absent: frozenset[str]  # of those that are not given
+
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the code was traced for such arguments."""
+        given = {*self.names[: len(args)], *kwargs}
+        return not given & self.absent and not any(value is None for value in (*args, *kwargs.values()))
 
 
 def _children(module: nn.Module, inlined: tuple[str, ...]) -> tuple[Any, ...]:
@@ -46,9 +55,12 @@ class Rewritten(nn.Module):
     _sparseprop_runs: _Runs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's; itself that once children were added or removed, as in a `nn.Sequential`."""
+        """As the original's; itself that once children were added or removed, as in a `nn.Sequential`, and
+        where an argument is None, or given though it is None by default.
+        """
         runs = vars(self).get(_RUNS)
-        if runs is None or runs.children != _children(self, runs.inlined):
+        known = runs is not None and runs.children == _children(self, runs.inlined)
+        if runs is None or not known or not runs.fits(args, kwargs):
             return self._base.forward(self, *args, **kwargs)
         return runs.by_mode[self.training](self, *args, **kwargs)
 
@@ -94,7 +106,9 @@ def _attach(module: Rewritten) -> None:
     found = {training: matches(module, training) for training in (True, False)}
     by_mode = {training: _forward(module, found[training]) for training in found}
     inlined = max(found[True].inlined, found[False].inlined, key=len)
-    vars(module)[_RUNS] = _Runs(by_mode, inlined, _children(module, inlined))
+    names = tuple(inspect.signature(module._base.forward).parameters)[1:]
+    absent = frozenset(none_by_default(module))
+    vars(module)[_RUNS] = _Runs(by_mode, inlined, _children(module, inlined), names, absent)
 
 
 def _forward(module: nn.Module, matches: Matches) -> Callable[..., Any]:
