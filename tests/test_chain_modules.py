@@ -9,7 +9,6 @@ from torch import nn
 
 from sparseprop import fuse, plan_fusion, unfuse
 from sparseprop.nn import SparseConv2d
-from sparseprop.train._torchvision import import_torchvision_models
 
 
 def triple(inputs, outputs, kernel, groups=1, relu=nn.ReLU6):
@@ -221,12 +220,3 @@ def test_a_compiled_chain_is_right():
     wanted = copy.deepcopy(model)(x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "chains"), [("mobilenet_v2", 17), ("mnasnet0_5", 17)])
-def test_chains_of_public_networks_are_recognised(name, chains):
-    model = getattr(import_torchvision_models(), name)(num_classes=5).double().eval()
-    convs = {fusion.conv for fusion in plan_fusion(model)} - {None}
-    assert len(convs) == chains
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    torch.testing.assert_close(fuse(model, inplace=False)(x), model(x))

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from fuse_cases import Block, network
 from sparseprop import fuse, plan_fusion, unfuse
-from sparseprop.train._torchvision import import_timm, import_torchvision_models
 
 
 class Functional(nn.Module):
@@ -174,24 +173,3 @@ def test_copies_of_fused_blocks_are_fused_and_independent(copied):
     with torch.no_grad():
         twin[0].bn3.weight.zero_()
     assert not torch.equal(twin(x), fused(x))
-
-
-@pytest.mark.parametrize(
-    ("library", "name", "adds"),
-    [("torchvision", "resnet18", 8), ("timm", "resnet26", 8), ("timm", "dla34", 12)],
-)
-def test_residual_blocks_of_public_networks_are_recognised(library, name, adds):
-    if library == "timm":
-        model = import_timm().create_model(name, num_classes=5)
-    else:
-        model = getattr(import_torchvision_models(), name)(num_classes=5)
-    assert sum(fusion.adds for fusion in plan_fusion(model)) == adds
-    model.double()
-    fused, x = fuse(model, inplace=False), torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    found = []
-    for form in (model, fused):
-        out = form(x)
-        out.square().sum().backward()
-        found.append([out, *(parameter.grad for parameter in form.parameters())])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
