@@ -174,6 +174,8 @@ def test_what_happens_to_the_pooling_later_counts():
     handle.remove()
     model.pool.kernel_size, model.pool.padding = 2, 0
     assert torch.equal(model(x), functional.max_pool2d(model.relu(model.bn(x)), 2, 2))
+    model.relu = nn.SiLU()
+    assert torch.equal(model(x), functional.max_pool2d(functional.silu(model.bn(x)), 2, 2))
     model.pool = nn.Identity()
     assert model(x).shape == x.shape
 

@@ -89,8 +89,9 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
     registered later on a ReLU behind an addition, before a max pooling or beside a depthwise convolution are
-    not called, and attributes that steer a module's forward are read now: `unfuse` before you change either,
-    then `fuse` again. (Other hooks, and children added or removed, count whenever they come.)
+    not called, activations put in the place of others are not seen everywhere, and attributes that steer a
+    module's forward are read now: `unfuse` before you change any of these, then `fuse` again. (Other hooks,
+    and children added or removed, count whenever they come.)
 
     Args:
         model: any eager module, swapped or not.
@@ -119,6 +120,7 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     for module in list(model.modules()):
         if type(module) is nn.MaxPool2d:
             module.__class__ = MaxPool2d
+    for module in reversed(list(model.modules())):  # children first: a module knows their classes
         if norm_calls(module):
             rewrite(module)
     return model

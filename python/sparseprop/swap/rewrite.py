@@ -40,12 +40,17 @@ class _Runs:
 
 
 def _children(module: nn.Module, inlined: tuple[str, ...]) -> tuple[Any, ...]:
-    """Names of the children, and of those in containers that the code looks into while they have no hooks."""
-    found: list[Any] = [*module._modules]
+    """Names and classes of the children, and of those in containers that the code looks into while these have
+    no hooks."""
+    found: list[Any] = _classes_of(module)
     for name in inlined:
         container = module._modules.get(name)
-        found.append(None if container is None or hooked(container) else tuple(container._modules))
+        found.append(None if container is None or hooked(container) else _classes_of(container))
     return tuple(found)
+
+
+def _classes_of(module: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(child)) for name, child in module._modules.items()]
 
 
 class Rewritten(nn.Module):
@@ -55,8 +60,8 @@ class Rewritten(nn.Module):
     _sparseprop_runs: _Runs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's; itself that once children were added or removed, as in a `nn.Sequential`, and
-        where an argument is None, or given though it is None by default.
+        """As the original's; itself that once children were added, removed or replaced by others of another
+        class, and where an argument is None, or given though it is None by default.
         """
         runs = vars(self).get(_RUNS)
         known = runs is not None and runs.children == _children(self, runs.inlined)
