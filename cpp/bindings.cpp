@@ -96,8 +96,8 @@ class PyContraction {
 
 void bind_masks(py::module_& m);  // bindings_masks.cpp
 void bind_norm(py::module_& m);   // bindings_norm.cpp
-void bind_pool(py::module_& m);
-void bind_chain(py::module_& m);   // bindings_pool.cpp
+void bind_pool(py::module_& m);   // bindings_pool.cpp
+void bind_chain(py::module_& m);  // bindings_chain.cpp
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Kernels for sparse weights; use sparseprop.nn, not this module.";

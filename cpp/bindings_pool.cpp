@@ -1,4 +1,4 @@
-// Max pooling for Python: contiguous planes come as addresses, checked by the caller.
+// Windows, and the max pooling of what is in them, for Python: contiguous planes come as addresses, checked by the caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,6 +1,7 @@
 #include "norm.h"
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "norm_tasks.h"
@@ -106,9 +107,10 @@ void norm_backward(const NormShape& shape, const NormBackward<S>& call) {
   run_planes(shape, all, parallel, [&](NormArgs<S> a, int64_t first, double* sums, S* scratch) {
     per.point(a, first);
     a.mean = call.mean + first;
+    std::optional<PooledPlanes<S>> pooled;
+    if (call.pool) pooled.emplace(shape, per, *call.pool);
     auto each = [&](auto kernel) {
-      if (!call.pool) return kernel(a, 0);
-      PooledPlanes<S>(shape, per, *call.pool).backward(a, first, call.grad, call.taps, kernel);
+      pooled ? pooled->backward(a, first, call.grad, call.taps, kernel) : kernel(a, 0);
     };
     if (sums_wanted) {
       each([&](const NormArgs<S>& part, int64_t c) {

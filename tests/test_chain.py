@@ -8,16 +8,16 @@ from checks import running
 from sparseprop import _native
 from sparseprop.backend import available_isas
 from sparseprop.ops.chain import chain, kernels_may_chain
-from sparseprop.ops.norm import NormSpec, Stage
-from sparseprop.ops.pool import PoolSpec
+from sparseprop.ops.stage import NormSpec, Stage
+from sparseprop.ops.windows import WindowSpec
 
 WINDOWS = [
-    PoolSpec((3, 3), (1, 1), (1, 1)),
-    PoolSpec((3, 3), (2, 2), (1, 1)),
-    PoolSpec((5, 5), (1, 1), (2, 2)),
-    PoolSpec((5, 5), (2, 2), (2, 2)),
-    PoolSpec((3, 2), (1, 3), (1, 1)),
-    PoolSpec((2, 2), (2, 2)),
+    WindowSpec((3, 3), (1, 1), (1, 1)),
+    WindowSpec((3, 3), (2, 2), (1, 1)),
+    WindowSpec((5, 5), (1, 1), (2, 2)),
+    WindowSpec((5, 5), (2, 2), (2, 2)),
+    WindowSpec((3, 2), (1, 3), (1, 1)),
+    WindowSpec((2, 2), (2, 2)),
 ]
 SHAPES = [(2, 3, 5, 5), (3, 20, 9, 13), (2, 5, 20, 35), (1, 2, 3, 70)]
 
@@ -167,7 +167,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("how", UNFIT)
 def test_what_does_not_fit_is_left_to_torch(how):
-    case = Case((2, 3, 9, 9), PoolSpec((5, 5), (1, 1), (1, 1)))
+    case = Case((2, 3, 9, 9), WindowSpec((5, 5), (1, 1), (1, 1)))
     first, second = case.stages(case.params, case.kept)
     assert not kernels_may_chain(UNFIT[how](case), first, case.weight, case.windows, second)
 

@@ -8,7 +8,8 @@ from torch.nn import functional
 from checks import running
 from sparseprop.backend import available_isas
 from sparseprop.nn.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from sparseprop.ops.norm import NormSpec, batch_norm
+from sparseprop.ops.norm import batch_norm
+from sparseprop.ops.stage import NormSpec
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),

@@ -11,10 +11,11 @@ from torch.nn import functional
 from checks import LAYOUTS, running
 from sparseprop import _native, fuse, plan_fusion, unfuse
 from sparseprop.backend import available_isas
-from sparseprop.ops.norm import NormSpec, batch_norm
-from sparseprop.ops.pool import PoolSpec
+from sparseprop.ops.norm import batch_norm
+from sparseprop.ops.stage import NormSpec
+from sparseprop.ops.windows import WindowSpec
 
-POOLS = [PoolSpec((3, 3), (2, 2), (1, 1)), PoolSpec((2, 2), (2, 2)), PoolSpec((3, 2), (1, 3), (0, 1))]
+POOLS = [WindowSpec((3, 3), (2, 2), (1, 1)), WindowSpec((2, 2), (2, 2)), WindowSpec((3, 2), (1, 3), (0, 1))]
 SHAPES = [(2, 3, 4, 4), (3, 17, 9, 7), (2, 5, 35, 37), (1, 2, 3, 70)]
 
 

@@ -2,12 +2,13 @@
 // of small kernels in registers. Limit: nine loads a vector, two of three across cache lines, 7.5 cycles; about 18 reached
 // on planes of 56x56, with the plane, its output and what the chain reads next in and out of L1.
 #pragma once
-#include "../kernels.h"
+#include "lanes.inl"
 
 namespace sparseprop {
 
 template <class V>
-struct Depthwise {
+struct Depthwise : private Lanes<V> {
+  using Lanes<V>::get, Lanes<V>::put;
   using S = typename V::scalar;
   static constexpr ptrdiff_t w = V::width;
 
@@ -41,7 +42,7 @@ struct Depthwise {
         V sum = V::zero();
         const S* weight = a.weights;
         for (ptrdiff_t r = 0; r < a.kernel_rows; ++r, in += a.pitch)
-          for (ptrdiff_t c = 0; c < a.kernel_columns; ++c) sum = V::fma(V::broadcast(*weight++), load<stride>(in + c, a.stride), sum);
+          for (ptrdiff_t c = 0; c < a.kernel_columns; ++c) sum = V::fma(V::broadcast(*weight++), Lanes<V>::template every<stride>(in + c, a.stride), sum);
         put(sum, out, count);
       });
     } else {
@@ -50,8 +51,8 @@ struct Depthwise {
       rows(a, [&](const S* in, S* out, ptrdiff_t count) __attribute__((always_inline)) {
         V sum[kernel];  // a chain of sums for each row of the window
         for (int r = 0; r < kernel; ++r) {
-          sum[r] = V::mul(weight[r * kernel], load<stride>(in + r * a.pitch, a.stride));
-          for (int c = 1; c < kernel; ++c) sum[r] = V::fma(weight[r * kernel + c], load<stride>(in + r * a.pitch + c, a.stride), sum[r]);
+          sum[r] = V::mul(weight[r * kernel], Lanes<V>::template every<stride>(in + r * a.pitch, a.stride));
+          for (int c = 1; c < kernel; ++c) sum[r] = V::fma(weight[r * kernel + c], Lanes<V>::template every<stride>(in + r * a.pitch + c, a.stride), sum[r]);
         }
         for (int r = 1; r < kernel; ++r) sum[0] = V::add(sum[0], sum[r]);
         put(sum[0], out, count);
@@ -67,7 +68,7 @@ struct Depthwise {
         for (ptrdiff_t c = 0; c < a.kernel_columns; ++c) {
           V sum = V::zero();
           rows(a, [&](const S* in, const S* grad, ptrdiff_t count) __attribute__((always_inline)) {
-            sum = V::fma(get(grad, count), V::keep_some(load<stride>(in + r * a.pitch + c, a.stride), count), sum);
+            sum = V::fma(get(grad, count), V::keep_some(Lanes<V>::template every<stride>(in + r * a.pitch + c, a.stride), count), sum);
           });
           a.sums[r * a.kernel_columns + c] += static_cast<double>(sum.sum());
         }
@@ -80,7 +81,7 @@ struct Depthwise {
         for (int r = 0; r < kernel; ++r) {
           for (int c = 0; c < kernel; ++c) {
             V& s = sum[r * kernel + c];
-            s = V::fma(g, V::keep_some(load<stride>(in + r * a.pitch + c, a.stride), count), s);
+            s = V::fma(g, V::keep_some(Lanes<V>::template every<stride>(in + r * a.pitch + c, a.stride), count), s);
           }
         }
       });
@@ -101,17 +102,6 @@ struct Depthwise {
       if (i < n) visit(in, out + i, n - i);
     }
   }
-
-  template <int stride>
-  static inline V load(const S* p, ptrdiff_t step) {
-    if constexpr (stride == 1) return V::loadu(p);
-    if constexpr (stride == 2) return V::load_even(p);
-    S lane[w];
-    for (ptrdiff_t j = 0; j < w; ++j) lane[j] = p[j * step];
-    return V::loadu(lane);
-  }
-  static inline V get(const S* p, ptrdiff_t count) { return count == w ? V::loadu(p) : V::load_some(p, count); }
-  static inline void put(V v, S* p, ptrdiff_t count) { count == w ? v.storeu(p) : v.store_some(p, count); }
 };
 
 }  // namespace sparseprop

@@ -1,12 +1,13 @@
 // Batch norm with what follows it (a residual addition, ReLU) in as few passes over memory as there can be.
 // Planes: runs of n elements of one channel, several channels one after the other. Rows: element i is channel i.
 #pragma once
-#include "../kernels.h"
+#include "lanes.inl"
 
 namespace sparseprop {
 
 template <class V, bool Planes>
-struct Norm {
+struct Norm : private Lanes<V> {
+  using Lanes<V>::get, Lanes<V>::put;
   using S = typename V::scalar;
   static constexpr ptrdiff_t w = V::width;
   static constexpr ptrdiff_t terms = Planes ? 256 * w : 32;  // of a channel, summed up before they go into doubles
@@ -164,8 +165,6 @@ struct Norm {
     for (; i + w <= n; i += w) body(i, w);
     if (i < n) body(i, n - i);
   }
-  static inline V get(const S* p, ptrdiff_t count) { return count == w ? V::loadu(p) : V::load_some(p, count); }
-  static inline void put(V v, S* p, ptrdiff_t count) { count == w ? v.storeu(p) : v.store_some(p, count); }
 };
 
 }  // namespace sparseprop

@@ -1,6 +1,6 @@
 // Max pooling of one output row in planes, where torch's own takes ten times as long as on channels_last.
 #pragma once
-#include "../kernels.h"
+#include "lanes.inl"
 
 namespace sparseprop {
 
@@ -26,23 +26,14 @@ struct MaxPool {
       for (ptrdiff_t row = 0; row < r.rows; ++row) {
         const S* const from = r.padded + row * r.pitch + i * (stride ? stride : r.stride);
         for (ptrdiff_t tap = 0; tap < r.taps; ++tap) {
-          V::take_larger(load<stride>(from + tap, r.stride), number, best, at);
+          V::take_larger(Lanes<V>::template every<stride>(from + tap, r.stride), number, best, at);
           number = V::add(number, one);
         }
       }
       const ptrdiff_t count = r.n - i < w ? r.n - i : w;
-      count == w ? best.storeu(r.out + i) : best.store_some(r.out + i, count);
+      Lanes<V>::put(best, r.out + i, count);
       if (Where) put(at, r.at + i, count);
     }
-  }
-
-  template <int stride>
-  static inline V load(const S* p, ptrdiff_t step) {
-    if constexpr (stride == 1) return V::loadu(p);
-    if constexpr (stride == 2) return V::load_even(p);
-    S lane[w];
-    for (ptrdiff_t j = 0; j < w; ++j) lane[j] = p[j * step];
-    return V::loadu(lane);
   }
 
   static inline void put(V numbers, uint8_t* to, ptrdiff_t count) {

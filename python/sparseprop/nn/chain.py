@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparseprop.nn.hooks import hooked, hooks_everywhere
 from sparseprop.nn.norm import NativeNorm, norm_behind
 from sparseprop.ops.chain import chain, kernels_may_chain
-from sparseprop.ops.pool import PoolSpec
+from sparseprop.ops.windows import WindowSpec
 
 __all__ = ["depthwise_chain", "is_plain_depthwise"]
 
@@ -59,7 +59,7 @@ def depthwise_chain(
     before = None if first is None else norms[0].stage(first_cap)
     behind = norms[-1].stage(second_cap)
     conv = cast(nn.Conv2d, conv)
-    windows = PoolSpec(*cast("list[tuple[int, int]]", [conv.kernel_size, conv.stride, conv.padding]))
+    windows = WindowSpec(*cast("list[tuple[int, int]]", [conv.kernel_size, conv.stride, conv.padding]))
     if not kernels_may_chain(x, before, conv.weight, windows, behind):
         return _call(second, conv(x if first is None else _call(first, x, first_cap)), second_cap)
     for norm in norms:

@@ -17,7 +17,8 @@ from sparseprop.nn.base import SparseLayer
 from sparseprop.nn.hooks import hooked, hooks_everywhere
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.ops.finish import Finish
-from sparseprop.ops.norm import NormSpec, Stage, batch_norm
+from sparseprop.ops.norm import batch_norm
+from sparseprop.ops.stage import NormSpec, Stage
 
 __all__ = [
     "NATIVE_NORMS",

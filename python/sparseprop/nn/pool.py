@@ -6,7 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from sparseprop.ops.pool import Pair, PoolSpec, max_pool2d
+from sparseprop.ops.pool import max_pool2d
+from sparseprop.ops.windows import Pair, WindowSpec
 
 __all__ = ["MaxPool2d"]
 
@@ -24,11 +25,11 @@ class MaxPool2d(nn.MaxPool2d):
         spec = self.spec()
         return cast(Tensor, super().forward(input)) if spec is None else max_pool2d(input, spec)
 
-    def spec(self) -> PoolSpec | None:
+    def spec(self) -> WindowSpec | None:
         """Its options, None if there are some that only torch has."""
         if self.ceil_mode or self.return_indices:
             return None
-        return PoolSpec(*map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation)))
+        return WindowSpec(*map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation)))
 
 
 def _pair(option: int | tuple[int, ...]) -> Pair:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,13 +13,14 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
-from sparseprop.ops.norm import NormSpec, Stage, batch_norm, update_running
-from sparseprop.ops.pool import PoolSpec, kernels_may_pool, native_windows, pooled_like
+from sparseprop.ops.norm import batch_norm
+from sparseprop.ops.stage import Stage, statistics, update_running
+from sparseprop.ops.windows import WindowSpec, empty_result, native_windows, windows_fit
 
 __all__ = ["chain", "kernels_may_chain"]
 
 
-def chain(x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage) -> Tensor:
+def chain(x: Tensor, first: Stage | None, weight: Tensor, windows: WindowSpec, second: Stage) -> Tensor:
     """`second(depthwise(first(x)))`, with the batch norms' activations; updates running statistics.
 
     Saves `x` alone for the backward pass, which computes the rest again.
@@ -30,9 +32,10 @@ def chain(x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, sec
         windows: its kernel, stride and padding.
         second: the batch norm behind it.
 
+    >>> from sparseprop.ops.stage import NormSpec
     >>> stage = Stage((None, None), None, None, NormSpec(training=True, eps=0.0))
     >>> x, weight = torch.tensor([[[[1.0, 3.0]]]]), torch.ones(1, 1, 1, 1)
-    >>> chain(x, None, weight, PoolSpec((1, 1), (1, 1)), stage)
+    >>> chain(x, None, weight, WindowSpec((1, 1), (1, 1)), stage)
     tensor([[[[-1.,  1.]]]])
     """
     if torch.is_grad_enabled():
@@ -42,96 +45,70 @@ def chain(x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, sec
 
 
 def kernels_may_chain(
-    x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage
+    x: Tensor, first: Stage | None, weight: Tensor, windows: WindowSpec, second: Stage
 ) -> bool:
     """Whether our kernels can do it, and torch would not refuse it."""
     stages = [second] if first is None else [first, second]
     tensors = [weight, *(tensor for stage in stages for tensor in stage.tensors())]
+    if not (windows_fit(x, windows) and kernels_may_read(x, *tensors)):
+        return False
+    images, channels, *size = x.shape
     return (
-        kernels_may_pool(x, windows)
-        and kernels_may_read(x, *tensors)
-        and not torch.is_autocast_enabled("cpu")
-        and weight.shape == (x.shape[1], 1, *windows.kernel)
+        not torch.is_autocast_enabled("cpu")
+        and weight.shape == (channels, 1, *windows.kernel)
         and weight.is_contiguous()
-        and all(_fits(stage, x.shape[1]) for stage in stages)
-        and all(
-            not stage.spec.training or x.shape[0] * size > 1
-            for stage, size in zip(reversed(stages), (_size(x, windows), x[0, 0].numel()), strict=False)
-        )
+        and (first is None or first.fits(channels, images * math.prod(size)))
+        and second.fits(channels, images * math.prod(windows.output_size(x.shape[2:])))
     )
 
 
-def _fits(stage: Stage, channels: int) -> bool:
-    return (
-        (stage.running[0] is None) == (stage.running[1] is None)
-        and (stage.spec.training or stage.running[0] is not None)
-        and all(tensor.shape == (channels,) and tensor.is_contiguous() for tensor in stage.tensors())
-    )
-
-
-def _size(x: Tensor, windows: PoolSpec) -> int:
-    height, width = windows.output_size(x.shape[2:])
-    return height * width
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """What a stage normalizes by, (channels,) each."""
-
-    mean: Tensor
-    inv_std: Tensor
-
-
-def _statistics(stage: Stage, like: Tensor, channels: int) -> tuple[_Statistics, Tensor | None]:
-    """Those known, or room for those of the batch, and for its variance."""
-    if stage.spec.training:
-        mean, inv_std, variance = like.new_empty(3, channels).unbind()
-        return _Statistics(mean, inv_std), variance
-    mean, variance = (cast(Tensor, tensor).detach() for tensor in stage.running)
-    return _Statistics(mean, (variance + stage.spec.eps).rsqrt()), None
+Known = tuple[Tensor, Tensor]  # mean and inverse deviation that a stage normalizes by, (channels,) each
 
 
 def _native_stage(
-    stage: Stage, known: _Statistics, variance: Tensor | None = None, grads: tuple[Any, Any] = (None, None)
+    stage: Stage, known: Known, variance: Tensor | None = None, grads: tuple[Any, Any] = (None, None)
 ) -> Any:
     from sparseprop import _native as native
 
-    tensors = (stage.weight, stage.bias, known.mean, known.inv_std, variance, *grads)
+    tensors = (stage.weight, stage.bias, *known, variance, *grads)
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
     return native.Stage(stage.spec.training, stage.spec.eps, stage.spec.cap, *addresses)
 
 
 def _forward(
-    x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage
-) -> tuple[Tensor, list[_Statistics]]:
+    x: Tensor, first: Stage | None, weight: Tensor, windows: WindowSpec, second: Stage
+) -> tuple[Tensor, list[Known]]:
     from sparseprop import _native as native
 
-    out, channels = pooled_like(x, windows), x.shape[1]
+    out, channels = empty_result(x, windows), x.shape[1]
     stages = [second] if first is None else [first, second]
-    known = [_statistics(stage, x, channels) for stage in stages]
-    given = [_native_stage(stage, *statistics) for stage, statistics in zip(stages, known, strict=True)]
+    found = [statistics(stage, x, channels) for stage in stages]
+    given = [
+        _native_stage(stage, (mean, inv_std), variance)
+        for stage, (mean, inv_std, variance) in zip(stages, found, strict=True)
+    ]
     native.chain_forward(
         x.dtype is torch.float64, native_windows(x.shape, windows), channels, x.data_ptr(),
         None if first is None else given[0], weight.data_ptr(), given[-1], out.data_ptr(),
     )  # fmt: skip
-    for stage, (statistics, variance) in zip(stages, known, strict=True):
+    for stage, (mean, _, variance) in zip(stages, found, strict=True):
         if variance is not None:
-            update_running(stage.running, statistics.mean, variance, stage.spec.momentum)
-    return out, [statistics for statistics, _ in known]
+            update_running(stage.running, mean, variance, stage.spec.momentum)
+    return out, [(mean, inv_std) for mean, inv_std, _ in found]
 
 
 class _Chain(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight1: Any, bias1: Any, weight: Tensor, weight2: Any, bias2: Any,
-        first: Stage | None, windows: PoolSpec, second: Stage,
+        first: Stage | None, windows: WindowSpec, second: Stage,
     ) -> Tensor:  # fmt: skip
         out, known = _forward(x, first, weight, windows, second)
         kept = [
             # the running mean may have moved on before the backward pass
             tensor if stage.spec.training else tensor.clone()
-            for stage, statistics in zip([second] if first is None else [first, second], known, strict=True)
-            for tensor in (statistics.mean, statistics.inv_std)
+            for stage, pair in zip([second] if first is None else [first, second], known, strict=True)
+            for tensor in pair
         ]
         ctx.save_for_backward(x, weight1, bias1, weight, weight2, bias2, *kept)
         ctx.specs = None if first is None else first.spec, windows, second.spec
@@ -140,11 +117,13 @@ class _Chain(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, bias1, weight, weight2, bias2, *kept = ctx.saved_tensors
-        known = [_Statistics(*kept[i : i + 2]) for i in range(0, len(kept), 2)]
+        known = [(kept[i], kept[i + 1]) for i in range(0, len(kept), 2)]
         first_spec, windows, second_spec = ctx.specs
-        first = None if first_spec is None else _stage(first_spec, weight1, bias1, known[0])
-        second = _stage(second_spec, weight2, bias2, known[-1])
+        first = None if first_spec is None else Stage((None, None), weight1, bias1, first_spec)
+        second = Stage((None, None), weight2, bias2, second_spec)
         if torch.is_grad_enabled():
+            first = None if first is None else _again(first, known[0])
+            second = _again(second, known[-1])
             found = _differentiable(grad, ctx.needs_input_grad, x, first, weight, windows, second)
         else:
             grad = grad.resolve_neg().contiguous()
@@ -155,10 +134,11 @@ class _Chain(Function):
 _apply = cast("Callable[..., Tensor]", _Chain.apply)
 
 
-def _stage(spec: NormSpec, weight: Any, bias: Any, known: _Statistics) -> Stage:
+def _again(stage: Stage, known: Known) -> Stage:
     """The stage of the forward pass, which leaves running statistics alone."""
-    running = (None, None) if spec.training else (known.mean, known.inv_std**-2 - spec.eps)
-    return Stage(running, weight, bias, replace(spec, momentum=0.0))
+    mean, inv_std = known
+    running = (None, None) if stage.spec.training else (mean, inv_std**-2 - stage.spec.eps)
+    return replace(stage, running=running, spec=replace(stage.spec, momentum=0.0))
 
 
 def _backward(
@@ -167,15 +147,14 @@ def _backward(
     x: Tensor,
     first: Stage | None,
     weight: Tensor,
-    windows: PoolSpec,
+    windows: WindowSpec,
     second: Stage,
-    known: list[_Statistics],
+    known: list[Known],
 ) -> tuple[Tensor | None, ...]:
     from sparseprop import _native as native
 
-    grad_x = (
-        torch.empty_like(x) if any(needs[:3]) else None
-    )  # on the way to the first batch norm's parameters
+    on_the_way = any(needs[:3])  # to the first batch norm's parameters
+    grad_x = torch.empty_like(x) if on_the_way else None
     per_channel = [x.new_empty(x.shape[1]) if needs[i] else None for i in (1, 2, 4, 5)]
     grad_weight = torch.empty_like(weight) if needs[3] else None
     native.chain_backward(
@@ -189,7 +168,13 @@ def _backward(
 
 
 def _differentiable(
-    grad: Tensor, needs: Any, x: Tensor, first: Stage | None, weight: Tensor, windows: PoolSpec, second: Stage
+    grad: Tensor,
+    needs: Any,
+    x: Tensor,
+    first: Stage | None,
+    weight: Tensor,
+    windows: WindowSpec,
+    second: Stage,
 ) -> tuple[Tensor | None, ...]:
     """The gradients by torch's functions, to be differentiated once more."""
     params = (None, None) if first is None else (first.weight, first.bias)

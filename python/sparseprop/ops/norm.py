@@ -5,7 +5,7 @@ three; any layout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,48 +14,11 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
-from sparseprop.ops.pool import PoolSpec, kernels_may_pool, max_pool2d, native_windows, pooled_like
+from sparseprop.ops.pool import max_pool2d
+from sparseprop.ops.stage import NormSpec, Stage, statistics, update_running
+from sparseprop.ops.windows import empty_result, native_windows, windows_fit
 
-__all__ = ["NormSpec", "Stage", "batch_norm", "update_running"]
-
-
-@dataclass(frozen=True)
-class NormSpec:
-    """What a batch norm does.
-
-    Attributes:
-        training: normalize by the statistics of the batch, else by the running ones.
-        momentum: share of the batch in the running statistics; 0 leaves them alone.
-        eps: added to the variance.
-        cap: of the activation applied to the result: 0 none, infinity ReLU, 6 ReLU6.
-        pool: a 2-D max pooling after that, or None.
-    """
-
-    training: bool
-    momentum: float = 0.1
-    eps: float = 1e-5
-    cap: float = 0.0
-    pool: PoolSpec | None = None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A batch norm with its tensors, and what follows it.
-
-    Attributes:
-        running: mean and variance, (channels,), each or both None, as `batch_norm` takes them.
-        weight, bias: (channels,), or None.
-        spec: its options.
-    """
-
-    running: tuple[Tensor | None, Tensor | None]
-    weight: Tensor | None
-    bias: Tensor | None
-    spec: NormSpec
-
-    def tensors(self) -> list[Tensor]:
-        """All there are."""
-        return [tensor for tensor in (*self.running, self.weight, self.bias) if tensor is not None]
+__all__ = ["batch_norm"]
 
 
 def batch_norm(
@@ -77,9 +40,7 @@ def batch_norm(
             [1.]])
     """
     pool = spec.pool
-    if pool is not None and (
-        residual is not None or not kernels_may_pool(x, pool) or x.shape[2:].numel() == 1
-    ):
+    if pool is not None and (residual is not None or not windows_fit(x, pool) or x.shape[2:].numel() == 1):
         return max_pool2d(batch_norm(x, running, weight, bias, replace(spec, pool=None), residual), pool)
     shape = _shape(x)
     if shape is None or not _native(x, shape, running, weight, bias, spec, residual):
@@ -128,14 +89,12 @@ def _native(
     x: Tensor, shape: Shape, running: Any, weight: Any, bias: Any, spec: NormSpec, residual: Any
 ) -> bool:
     """Whether the kernel can do what is asked for, and torch would not refuse it."""
-    per_channel = [t for t in (*running, weight, bias) if t is not None]
-    tensors = [x, *per_channel] if residual is None else [x, residual, *per_channel]
+    stage = Stage(running, weight, bias, spec)
+    others = stage.tensors() if residual is None else [residual, *stage.tensors()]
     return (
-        kernels_may_read(*tensors)
-        and all(t.shape == (shape[1],) and t.is_contiguous() for t in per_channel)
+        kernels_may_read(x, *others)
         and (residual is None or residual.shape == x.shape)
-        and (running[0] is None) == (running[1] is None)
-        and (shape[0] * shape[2] > 1 if spec.training else running[0] is not None)
+        and stage.fits(shape[1], shape[0] * shape[2])
     )
 
 
@@ -156,13 +115,9 @@ def _forward(
     from sparseprop import _native as native
 
     x = x.resolve_neg()
-    out = torch.empty_like(x) if spec.pool is None else pooled_like(x, spec.pool)
+    out = torch.empty_like(x) if spec.pool is None else empty_result(x, spec.pool)
     pool = None if spec.pool is None else native_windows(x.shape, spec.pool)
-    variance = None
-    if spec.training:
-        mean, inv_std, variance = x.new_empty(3, shape[1]).unbind()
-    else:
-        mean, inv_std = running[0].detach(), (running[1].detach() + spec.eps).rsqrt()
+    mean, inv_std, variance = statistics(Stage(running, weight, bias, spec), x, shape[1])
     native.norm_forward(
         x.dtype is torch.float64, *shape, spec.cap, spec.training, spec.eps,
         x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias),
@@ -173,17 +128,6 @@ def _forward(
     return out, mean, inv_std
 
 
-def update_running(
-    running: tuple[Tensor | None, Tensor | None], mean: Tensor, variance: Tensor, momentum: float
-) -> None:
-    """Move running statistics, if there are any, towards those of a batch, (channels,) each."""
-    if momentum:
-        with torch.no_grad():
-            for kept, new in zip(running, (mean, variance), strict=True):
-                if kept is not None:
-                    kept.mul_(1 - momentum).add_(new, alpha=momentum)
-
-
 class _BatchNorm(Function):
     @staticmethod
     def forward(
@@ -192,7 +136,7 @@ class _BatchNorm(Function):
         needs = ctx.needs_input_grad[:4]
         taps = None  # where the maxima lie
         if spec.pool is not None and any(needs):
-            taps = torch.empty(pooled_like(x, spec.pool).shape, dtype=torch.uint8)
+            taps = torch.empty(empty_result(x, spec.pool).shape, dtype=torch.uint8)
         out, mean, inv_std = _forward(x, weight, bias, residual, running, spec, shape, taps)
         signs = out if spec.cap and residual is not None and any(needs) else None
         if not spec.training:

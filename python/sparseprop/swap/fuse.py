@@ -15,7 +15,8 @@ from sparseprop.nn.hooks import hooked
 from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.decide import check_model
-from sparseprop.swap.matches import FUNCTION, NormCall, norm_calls
+from sparseprop.swap.graphs import FUNCTION
+from sparseprop.swap.matches import NormCall, norm_calls
 from sparseprop.swap.rewrite import Rewritten, restore, rewrite
 from sparseprop.swap.tracing import Watched, none_by_default, trace
 

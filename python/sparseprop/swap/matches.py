@@ -17,7 +17,7 @@ from sparseprop.swap import graphs
 from sparseprop.swap.chains import Chain, chains, inlined_children
 from sparseprop.swap.graphs import FUNCTION
 
-__all__ = ["FUNCTION", "Match", "Matches", "NormCall", "matches", "norm_calls"]
+__all__ = ["Match", "Matches", "NormCall", "matches", "norm_calls"]
 
 
 @dataclass(frozen=True)
