@@ -98,6 +98,7 @@ void bind_masks(py::module_& m);  // bindings_masks.cpp
 void bind_norm(py::module_& m);   // bindings_norm.cpp
 void bind_pool(py::module_& m);   // bindings_pool.cpp
 void bind_chain(py::module_& m);  // bindings_chain.cpp
+void bind_attention(py::module_& m);  // bindings_attention.cpp
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Kernels for sparse weights; use sparseprop.nn, not this module.";
@@ -127,6 +128,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_norm(m);
   bind_pool(m);
   bind_chain(m);
+  bind_attention(m);
   m.def("available_isas", [] { return py::tuple(py::cast(available_isas())); });
   m.def("active_isa", [] { return std::string(active_kernels().name); });
   m.def("set_max_isa", &set_max_isa, py::arg("name"));

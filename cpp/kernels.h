@@ -139,6 +139,47 @@ struct DepthwiseArgs {
   double* sums;
 };
 
+// Dense product: c[r * c_pitch + j] = (or +=) sum over k < depth of A(r, k) * b[k * b_pitch + j], where A(r, k) is
+// a[r * a_pitch + k], or a[k * a_pitch + r] if `transposed`. `columns` and pitches are multiples of lanes, b and c aligned.
+struct ProductArgs {
+  ptrdiff_t rows, columns, depth;
+  const float* a;
+  ptrdiff_t a_pitch;
+  bool transposed;
+  const float* b;
+  ptrdiff_t b_pitch;
+  float* c;
+  ptrdiff_t c_pitch;
+  bool accumulate;
+};
+
+// Rows of attention scores, masked ones -infinity; `columns` and pitch are multiples of lanes.
+// softmax:       scores become their exponentials over the row's largest; log_sum: of all exponentials, infinity if they
+//                are all 0; factor: what normalizes them, 0 then
+// softmax_grad:  scores become probabilities by log_sum, grads of the probabilities those of the scores
+struct ScoreRows {
+  ptrdiff_t rows, columns, pitch;
+  float *scores, *grads, *log_sum, *factor;
+};
+
+// dst[r * dst_pitch + j] = src[r * src_pitch + j] * factor[r * factor_step]; `columns` is a multiple of lanes.
+struct ScaleArgs {
+  ptrdiff_t rows, columns;
+  const float* src;
+  ptrdiff_t src_pitch;
+  const float* factor;
+  ptrdiff_t factor_step;
+  float* dst;
+  ptrdiff_t dst_pitch;
+};
+
+struct AttentionKernels {
+  void (*product)(const ProductArgs&);
+  void (*softmax)(const ScoreRows&);
+  void (*softmax_grad)(const ScoreRows&);
+  void (*scale)(const ScaleArgs&);
+};
+
 template <class S>
 struct KernelsOf {
   // Index v - 1: a tile of v * lanes columns.
@@ -160,6 +201,7 @@ struct Kernels {
   KernelsOf<double> f64;
   Movers<bf16, float> from_bf16;
   Movers<float, bf16> to_bf16;
+  AttentionKernels attention;
 };
 
 // Columns per lane group: one AVX-512 register. Every ISA uses the same tiles, so results do not depend on padding.

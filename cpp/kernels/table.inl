@@ -1,5 +1,6 @@
 // The function table of one ISA, from its two vector types.
 #pragma once
+#include "attention.inl"
 #include "backward.inl"
 #include "depthwise.inl"
 #include "forward.inl"
@@ -41,7 +42,8 @@ constexpr Kernels make_kernels(const char* name) {
           kernels_of<F32>(),
           kernels_of<F64>(),
           {&Move<F32, bf16, float>::copy, &Move<F32, bf16, float>::transpose, &Move<F32, bf16, float>::planes},
-          {&Move<F32, float, bf16>::copy, &Move<F32, float, bf16>::transpose, &Move<F32, float, bf16>::planes}};
+          {&Move<F32, float, bf16>::copy, &Move<F32, float, bf16>::transpose, &Move<F32, float, bf16>::planes},
+          {&product<F32>, &Softmax<F32>::forward, &Softmax<F32>::backward, &scale_rows<F32>}};
 }
 
 }  // namespace sparseprop

@@ -68,6 +68,17 @@ struct F32 {
   static F32 where_positive(F32 x, F32 g) {
     return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ), g.v)};
   }
+  static F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static F32 round(F32 x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  static F32 times_power(F32 x, F32 n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+    return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+  }
+  float largest() const {
+    const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+  }
   static F32 keep_some(F32 x, ptrdiff_t n) { return {_mm256_and_ps(_mm256_castsi256_ps(first_lanes(n)), x.v)}; }
   // See avx512.h.
   static void take_larger(F32 value, F32 at, F32& best, F32& best_at) {

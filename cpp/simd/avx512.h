@@ -60,6 +60,11 @@ struct F32 {
   static F32 where_positive(F32 x, F32 g) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NLE_UQ), g.v)};
   }
+  static F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is not a number
+  static F32 round(F32 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  // x * 2^n for whole n from -126 to 127
+  static F32 times_power(F32 x, F32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+  float largest() const { return _mm512_reduce_max_ps(v); }
   // x with lanes from n on zero
   static F32 keep_some(F32 x, ptrdiff_t n) { return n < width ? F32{_mm512_maskz_mov_ps(first(n), x.v)} : x; }
   // best and best_at become value and at in lanes where the value is larger, or not a number: torch's rule for pooling

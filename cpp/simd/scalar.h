@@ -1,5 +1,7 @@
 // Plain C++: correct on any CPU, the yardstick for the others. Same interface as avx2.h and avx512.h.
 #pragma once
+#include <cmath>
+
 #include "convert.h"
 
 namespace sparseprop::scalar {
@@ -59,6 +61,23 @@ struct Vec {
   static Vec where_positive(Vec x, Vec g) {
     for (int i = 0; i < width; ++i) g.lane[i] = x.lane[i] <= S(0) ? S(0) : g.lane[i];
     return g;
+  }
+  static Vec max(Vec a, Vec b) {
+    for (int i = 0; i < width; ++i) b.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return b;
+  }
+  static Vec round(Vec x) {
+    for (int i = 0; i < width; ++i) x.lane[i] = std::nearbyint(x.lane[i]);
+    return x;
+  }
+  static Vec times_power(Vec x, Vec n) {
+    for (int i = 0; i < width; ++i) x.lane[i] = std::ldexp(x.lane[i], static_cast<int>(n.lane[i]));
+    return x;
+  }
+  S largest() const {
+    S most = lane[0];
+    for (int i = 1; i < width; ++i) most = lane[i] > most ? lane[i] : most;
+    return most;
   }
   // See avx512.h.
   static void take_larger(Vec value, Vec at, Vec& best, Vec& best_at) {

@@ -30,6 +30,11 @@ struct Tile {
     head.add_product(value, columns);
     last = V::fma(value, V::loadu(columns + (n - 1) * V::width), last);
   }
+  // this += value * other
+  SPARSEPROP_INLINE void add_product(V value, const Tile& other) {
+    head.add_product(value, other.head);
+    last = V::fma(value, other.last, last);
+  }
   template <int i>
   SPARSEPROP_INLINE V& get() {
     if constexpr (i == n - 1) return last;
@@ -45,6 +50,7 @@ struct Tile<V, 0> {
   SPARSEPROP_INLINE void store(S*) const {}
   SPARSEPROP_INLINE void add(const Tile&) {}
   SPARSEPROP_INLINE void add_product(V, const S*) {}
+  SPARSEPROP_INLINE void add_product(V, const Tile&) {}
 };
 
 }  // namespace sparseprop

@@ -131,6 +131,43 @@ def max_pool2d(wide: bool, pool: Windows, x: int, values: int, taps: int) -> Non
 def max_pool2d_backward(wide: bool, pool: Windows, grad: int, taps: int, grad_x: int) -> None:
     """Its gradient, from the `taps` that the forward pass wrote."""
 
+class AttentionSizes:
+    """Sizes of one call; ValueError for empty ones, or widths that are no multiples of 16."""
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        queries: int,
+        keys: int,
+        width: int,
+        value_width: int,
+        scale: float,
+        causal: bool,
+    ) -> None: ...
+
+_Heads = tuple[int, int, int, int]  # address; strides of batch, head and row
+_Mask = tuple[int, bool, int, int, int, int]  # address, bytes or floats; strides of batch, head, query, key
+
+def attention(
+    sizes: AttentionSizes, q: _Heads, k: _Heads, v: _Heads, mask: _Mask, out: _Heads, log_sum: int
+) -> None:
+    """softmax(q k^T * scale + mask) v per head; `log_sum` (batch, heads, queries) is written too. float32."""
+
+def attention_backward(
+    sizes: AttentionSizes,
+    q: _Heads,
+    k: _Heads,
+    v: _Heads,
+    mask: _Mask,
+    log_sum: int,
+    grad_out: _Heads,
+    grad_q: _Heads,
+    grad_k: _Heads,
+    grad_v: _Heads,
+) -> None:
+    """The gradients of q, k and v, from what the forward pass read and the `log_sum` that it wrote."""
+
 def norm_forward(
     wide: bool,
     outer: int,

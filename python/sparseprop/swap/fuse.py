@@ -1,4 +1,4 @@
-"""Make what lies between the sparse layers cheaper: native batch norm, with what follows it."""
+"""Make what lies between the sparse layers cheaper: batch norm and what follows it, and attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any, cast
 from torch import fx, nn
 
 from sparseprop.errors import SparsePropError
+from sparseprop.nn.attention import NativeAttention, computes_attention
 from sparseprop.nn.hooks import hooked
+from sparseprop.nn.mixin import Mixin, mix, unmix
 from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.decide import check_model
@@ -28,16 +30,17 @@ _TORCH_RELUS = {passing: torch_class for torch_class, (passing, _) in PASSING.it
 
 @dataclass(frozen=True)
 class Fusion:
-    """What becomes of one batch norm.
+    """What becomes of one batch norm, or of a module that computes attention.
 
     Attributes:
-        name: of the batch norm in ``model.named_modules()``.
+        name: of the batch norm or module in ``model.named_modules()``.
         relu: name of the ReLU or ReLU6 that it takes along, "relu()" for a function, None if none.
         native: whether it becomes native at all.
         reason: why no ReLU, or nothing at all, in a few words; "" if both.
         adds: whether it takes an addition along as well, of a residual connection.
         pool: name of the max pooling behind the ReLU that it takes along, None if none.
         conv: name of the depthwise convolution that it runs in one chain with, None if none.
+        attention: whether it is no batch norm, but a module whose attention our kernels compute.
     """
 
     name: str
@@ -47,10 +50,12 @@ class Fusion:
     adds: bool = False
     pool: str | None = None
     conv: str | None = None
+    attention: bool = False
 
 
 def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
-    """Which batch norms of `model` can become native, and which can take the ReLU behind them along.
+    """Which batch norms of `model` can become native, and which can take the ReLU behind them along; and the
+    modules that compute attention.
 
     A ReLU is found by tracing (`torch.fx`): a module anywhere in the model, in its training mode as it is;
     additions, functional ReLUs, max pooling and depthwise convolutions in the forward of the module that owns
@@ -65,6 +70,8 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
     calls = _own_calls(model)
     plan = []
     for name, module in model.named_modules():
+        if computes_attention(module) and not isinstance(module, Mixin) and not norm_calls(module):
+            plan.append(Fusion(name, None, True, "", attention=True))
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, NativeNorm):
             continue
         if type(module) not in NATIVE_NORMS or "forward" in vars(module):
@@ -84,8 +91,10 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
 def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Make the batch norms of `model` native, with the addition and ReLU behind each, as `plan_fusion` says.
 
-    2-D max pooling becomes native too. A sparse layer with a batch norm alone behind it, in one and the same
-    forward, runs it in evaluation mode while no gradients are recorded: swap first, then fuse.
+    2-D max pooling becomes native too, and so does attention: `scaled_dot_product_attention` in modules that
+    call it, as those of torch, timm and transformers do (not while compiling). A sparse layer with a batch
+    norm alone behind it, in one and the same forward, runs it in evaluation mode while no gradients are
+    recorded: swap first, then fuse.
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
@@ -110,6 +119,9 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         if not fusion.native:
             continue
         norm = modules[fusion.name]
+        if fusion.attention:
+            mix(NativeAttention, norm)
+            continue
         norm.__class__ = NATIVE_NORMS[type(norm)]
         if fusion.relu in modules and not (fusion.adds or fusion.pool or fusion.conv):
             relu = modules[fusion.relu]
@@ -140,6 +152,8 @@ def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Rewritten):
             restore(module)
+        elif isinstance(module, NativeAttention):
+            unmix(module)
         if type(module) in _TORCH_NORMS:
             vars(module).pop("cap", None)
             module.__class__ = _TORCH_NORMS[type(module)]

@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 from sparseprop.nn.hooks import hooked
+from sparseprop.nn.mixin import Mixin, mix, unmix
 from sparseprop.swap.matches import Matches, matches
 from sparseprop.swap.tracing import none_by_default
 
@@ -53,10 +54,9 @@ def _classes_of(module: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(child)) for name, child in module._modules.items()]
 
 
-class Rewritten(nn.Module):
+class Rewritten(Mixin):
     """Mixed into a module's class by `rewrite`; runs the changed forward of the mode it is in."""
 
-    _base: type[nn.Module]
     _sparseprop_runs: _Runs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,35 +76,18 @@ class Rewritten(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _attach(self)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self._base,), self.__getstate__()
-
 
 def rewrite(module: nn.Module) -> None:
     """Change the module's class; its batch norms must be native by now."""
     if not isinstance(module, Rewritten):
-        module.__class__ = _class(type(module))
+        mix(Rewritten, module)
     _attach(cast(Rewritten, module))
 
 
 def restore(module: Rewritten) -> None:
     """Undo `rewrite`."""
     vars(module).pop(_RUNS, None)
-    cast(nn.Module, module).__class__ = module._base
-
-
-_classes: dict[type[nn.Module], type[Rewritten]] = {}
-
-
-def _class(base: type[nn.Module]) -> type[Rewritten]:
-    if base not in _classes:
-        _classes[base] = type(f"Fused{base.__name__}", (Rewritten, base), {"_base": base})
-    return _classes[base]
-
-
-def _blank(base: type[nn.Module]) -> Rewritten:
-    kind = _class(base)
-    return kind.__new__(kind)
+    unmix(module)
 
 
 def _attach(module: Rewritten) -> None:
