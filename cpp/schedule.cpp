@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t kL1 = 24 * 1024;
 constexpr int64_t kL2 = 384 * 1024;
 constexpr int64_t kOffsets = 65536;       // a 16-bit offset reaches this far
-constexpr double kSegment = 8;     // non-zeros per segment below which partial sums cost more than L1 saves
 
 int64_t ceil_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
@@ -70,7 +69,7 @@ Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& prob
   s.stream.row_pitch = s.panel.row_pitch;
   s.stream.row_step = problem.row_step;
   const int64_t l1_rows = kL1 / (span * element_size), l2_rows = kL2 / (span * element_size);
-  const double wanted = kSegment / std::max(per_panel_row, 1e-9);
+  const double wanted = problem.segment / std::max(per_panel_row, 1e-9);
   int64_t block = std::max(l1_rows, std::min(l2_rows, int64_t(std::min(wanted, 1e9))));
   if (wanted > 4.0 * l2_rows) block = problem.panel_rows;
   // Offsets in single elements save the kernels a shift; tiles of a very sparse layer reach further in whole rows.

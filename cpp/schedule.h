@@ -23,6 +23,7 @@ struct Problem {
   int64_t row_step;    // rows that belong together (phases of one channel)
   int64_t panel_step;
   double nnz;
+  double segment;      // non-zeros per segment below which partial sums cost more than L1 saves
   double half_tile;    // density up to which tiles of half the width are faster where columns are batch entries
 };
 
