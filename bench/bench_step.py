@@ -62,7 +62,7 @@ class Run:
 def forms(dense: nn.Module, sparse: nn.Module, x: Tensor, classes: int, compiled: bool) -> dict[str, Run]:
     layouts = LAYOUTS if x.dim() == 4 else ["contiguous"]
     models = {"dense": dense, "sparse": sparse}
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in sparse.modules()):
+    if any(fusion.native for fusion in sparseprop.plan_fusion(sparse)):
         models["fused"] = sparseprop.fuse(sparse, inplace=False)
     runs = {
         f"{form} {layout}": Run(model, x, classes, layout)
@@ -101,7 +101,7 @@ def agreement(net: Net, sparsity: float) -> dict:
     sparse = swapped(dense, masks)
     x = net.example(8, True)
     runs = {"masked dense": Run(dense, x, net.classes, "contiguous")}
-    runs["sparse"] = Run(sparse, x, net.classes, "contiguous")
+    runs["sparse"] = Run(sparseprop.fuse(sparse), x, net.classes, "contiguous")
     runs["dense again"] = Run(dense, x, net.classes, "channels_last")
     runs["masked dense"].masks = runs["dense again"].masks = masks
     losses = {form: [run.step() for _ in range(20)] for form, run in runs.items()}

@@ -21,6 +21,9 @@ NETWORKS = [
     ("timm", "ghostnet_050", (0, 0, 41)),
     ("timm", "dla34", (12, 0, 0)),
     ("timm", "repvgg_a0", (0, 0, 0)),
+    ("timm", "regnetx_002", (0, 0, 0)),
+    ("timm", "densenet121", (0, 0, 0)),
+    ("timm", "mobilenetv3_small_050", (0, 0, 0)),
 ]
 
 

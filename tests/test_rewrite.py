@@ -132,6 +132,27 @@ class Drops(Functional):
         return functional.relu(self.bn1(x) + x)
 
 
+class Counts(Functional):
+    """Counts its calls in a buffer, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return super().forward(x)
+
+
+def test_what_a_forward_does_to_its_buffers_is_done_once_a_call():
+    model, x = Counts(), torch.randn(3, 4)
+    assert any(fusion.relu for fusion in plan_fusion(model))
+    fused = fuse(model, inplace=False)
+    assert model.calls == fused.calls == 0
+    torch.testing.assert_close(fused(x), model(x))
+    assert model.calls == fused.calls == 1
+
+
 def test_forwards_that_do_more_than_compute_are_left_as_they_are():
     model = fuse(Remembers())
     assert (model.seen, hasattr(model, "last")) == ([], False)

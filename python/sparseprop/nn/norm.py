@@ -29,13 +29,37 @@ __all__ = [
     "NativeNorm",
     "PassingReLU",
     "PassingReLU6",
+    "Statistics",
     "norm_behind",
 ]
 
 _DONE = "_sparseprop_relu_done"
 
 
-class NativeNorm(nn.modules.batchnorm._BatchNorm):
+class Statistics(nn.modules.batchnorm._BatchNorm):
+    """What a batch norm does to its next input, as our kernels want to know it."""
+
+    def stage(self, cap: float) -> Stage:
+        """What it does to the next input, with the activation of `cap` behind it."""
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        track = self.training and self.track_running_stats
+        spec = NormSpec(training, self._momentum() if track else 0.0, self.eps, cap)
+        running = (self.running_mean, self.running_var) if track or not training else (None, None)
+        return Stage(running, self.weight, self.bias, spec)
+
+    def count(self) -> None:
+        """Note one more batch, if it keeps statistics."""
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+
+    def _momentum(self) -> float:
+        """The share that the next batch has in the running statistics."""
+        if self.momentum is None and self.num_batches_tracked is not None:
+            return 1.0 / float(self.num_batches_tracked + 1)
+        return 0.0 if self.momentum is None else self.momentum
+
+
+class NativeNorm(Statistics):
     """Base of the three; `cap` tells the activation that follows and is applied at once: see `NormSpec`."""
 
     cap = 0.0
@@ -69,25 +93,6 @@ class NativeNorm(nn.modules.batchnorm._BatchNorm):
             return None
         cap = self.cap if cap is None else cap
         return Finish(mean, variance, self.weight, self.bias, self.eps, cap, residual)
-
-    def stage(self, cap: float) -> Stage:
-        """What it does to the next input, with the activation of `cap` behind it."""
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        track = self.training and self.track_running_stats
-        spec = NormSpec(training, self._momentum() if track else 0.0, self.eps, cap)
-        running = (self.running_mean, self.running_var) if track or not training else (None, None)
-        return Stage(running, self.weight, self.bias, spec)
-
-    def count(self) -> None:
-        """Note one more batch, if it keeps statistics."""
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-
-    def _momentum(self) -> float:
-        """The share that the next batch has in the running statistics."""
-        if self.momentum is None and self.num_batches_tracked is not None:
-            return 1.0 / float(self.num_batches_tracked + 1)
-        return 0.0 if self.momentum is None else self.momentum
 
 
 def norm_behind(

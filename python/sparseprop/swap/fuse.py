@@ -15,6 +15,7 @@ from sparseprop.nn.attention import NativeAttention, computes_attention
 from sparseprop.nn.hooks import hooked
 from sparseprop.nn.mixin import Mixin, mix, unmix
 from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
+from sparseprop.nn.norm_act import NativeNormAct, has_own_activation, own_cap
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.decide import check_model
 from sparseprop.swap.graphs import FUNCTION
@@ -72,7 +73,12 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
     for name, module in model.named_modules():
         if computes_attention(module) and not isinstance(module, Mixin) and not norm_calls(module):
             plan.append(Fusion(name, None, True, "", attention=True))
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, NativeNorm):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, (NativeNorm, Mixin)):
+            continue
+        if has_own_activation(module):
+            known = own_cap(module) is not None
+            reason = "" if known else f"no kernel for its {type(module.act).__name__}"
+            plan.append(Fusion(name, f"{name}.act" if known else None, True, reason))
             continue
         if type(module) not in NATIVE_NORMS or "forward" in vars(module):
             plan.append(Fusion(name, None, False, f"{type(module).__name__} is not torch's own batch norm"))
@@ -119,8 +125,8 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         if not fusion.native:
             continue
         norm = modules[fusion.name]
-        if fusion.attention:
-            mix(NativeAttention, norm)
+        if fusion.attention or has_own_activation(norm):
+            mix(NativeAttention if fusion.attention else NativeNormAct, norm)
             continue
         norm.__class__ = NATIVE_NORMS[type(norm)]
         if fusion.relu in modules and not (fusion.adds or fusion.pool or fusion.conv):
@@ -152,7 +158,7 @@ def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Rewritten):
             restore(module)
-        elif isinstance(module, NativeAttention):
+        elif isinstance(module, (NativeAttention, NativeNormAct)):
             unmix(module)
         if type(module) in _TORCH_NORMS:
             vars(module).pop("cap", None)

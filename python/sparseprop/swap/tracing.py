@@ -30,7 +30,11 @@ class _Proxy(fx.Proxy):
 
 
 class Watched(fx.Tracer):
-    """Refuses code that decides by the class of its values, which all are proxies."""
+    """Refuses code that decides by the class of its values, which all are proxies; buffers too, so that what
+    a forward does to them in place is part of its graph, and not done while tracing.
+    """
+
+    proxy_buffer_attributes = True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """As `fx.Tracer` does."""
