@@ -93,7 +93,8 @@ def agreement(net: Net, sparsity: float) -> dict:
     """Losses of 20 steps from equal weights: masked dense, sparse, and dense once more in its other layout.
 
     The last tells rounding from error: with batch norm over few pixels, steps differ by as much as the
-    order of additions makes them.
+    order of additions makes them. A ResNet-50 at 95 % parts from itself in another layout even in float64:
+    losses equal to four digits for 8 steps, 3 % apart at the eleventh, anything at the twentieth.
     """
     torch.manual_seed(0)
     dense = without_dropout(net.make(True))
