@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from checks import BACKENDS, running
+from sparseprop.ops import attention
 
 # torchvision's compiled operators need CUDA's runtime and do not load beside a CPU torch. Declaring the two
 # that its Python code registers fake kernels for lets it, and all that import it, load.
@@ -39,3 +40,12 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one element with each call of our attention kernels."""
+    calls: list[int] = []
+    forward = attention._forward
+    monkeypatch.setattr(attention, "_forward", lambda *args: (calls.append(1), forward(*args))[1])
+    return calls

@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from checks import running
 from sparseprop import _native
 from sparseprop.backend import available_isas
-from sparseprop.ops import attention as module
 from sparseprop.ops.attention import attention
 
 # batch, heads, queries, keys, width, width of values
@@ -70,15 +69,6 @@ def assert_right(q, k, v, grad, **options) -> None:
     for ours, dense, true in zip(found, torchs, truth, strict=True):
         slack = 8 * torch.finfo(torch.float32).eps * float(true.abs().max())
         assert float((ours - true).abs().max()) <= 2 * float((dense - true).abs().max()) + slack
-
-
-@pytest.fixture
-def used(monkeypatch) -> list[int]:
-    """Grows by one element with each call of our kernels."""
-    calls: list[int] = []
-    forward = module._forward
-    monkeypatch.setattr(module, "_forward", lambda *args: (calls.append(1), forward(*args))[1])
-    return calls
 
 
 @pytest.mark.parametrize("isa", available_isas())

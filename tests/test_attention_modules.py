@@ -10,17 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparseprop import fuse, plan_fusion, swap_modules, to_dense, unfuse
 from sparseprop.nn.attention import NativeAttention, computes_attention
-from sparseprop.ops import attention as ops
 from sparseprop.train._torchvision import import_timm, import_torchvision_models
-
-
-@pytest.fixture
-def used(monkeypatch) -> list[int]:
-    """Grows by one element with each call of our kernels."""
-    calls: list[int] = []
-    forward = ops._forward
-    monkeypatch.setattr(ops, "_forward", lambda *args: (calls.append(1), forward(*args))[1])
-    return calls
 
 
 class SelfAttention(nn.MultiheadAttention):

@@ -18,16 +18,16 @@ def norm_act(**options):
     return import_timm().layers.BatchNormAct2d(6, **options)
 
 
-# options, and whether our kernels compute the activation too
+# options, and what the plan says: the activation taken along, why not
 CASES = {
-    "relu": ({}, True),
-    "relu6": ({"act_layer": nn.ReLU6}, True),
-    "none": ({"apply_act": False}, True),
-    "silu": ({"act_layer": nn.SiLU}, False),
-    "dropped": ({"drop_layer": nn.Dropout}, False),
-    "cumulative": ({"momentum": None}, True),
-    "untracked": ({"track_running_stats": False}, True),
-    "not affine": ({"affine": False}, True),
+    "relu": ({}, "act", ""),
+    "relu6": ({"act_layer": nn.ReLU6}, "act", ""),
+    "none": ({"apply_act": False}, None, ""),
+    "silu": ({"act_layer": nn.SiLU}, None, "no kernel for its SiLU"),
+    "dropped": ({"drop_layer": nn.Dropout}, None, "dropout between it and its activation"),
+    "cumulative": ({"momentum": None}, "act", ""),
+    "untracked": ({"track_running_stats": False}, "act", ""),
+    "not affine": ({"affine": False}, "act", ""),
 }
 
 
@@ -47,13 +47,12 @@ def everything(norm, x):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_computes_what_timms_does(isa, case, memory_format):
-    options, whole = CASES[case]
+    options, relu, reason = CASES[case]
     norm = norm_act(**options)
     x = torch.randn(4, 6, 9, 7).to(memory_format=memory_format)
     fused = fuse(norm, inplace=False)
     (plan,) = plan_fusion(norm)
-    assert plan.native
-    assert (plan.relu is not None) == whole == (not plan.reason)
+    assert (plan.native, plan.relu, plan.reason) == (True, relu, reason)
     assert isinstance(fused, NativeNormAct)
     with running(isa):
         for one, other in zip(everything(fused, x), everything(norm, x), strict=True):
@@ -62,8 +61,10 @@ def test_computes_what_timms_does(isa, case, memory_format):
 
 
 def test_hooks_on_its_activation_are_called():
-    fused, seen = fuse(norm_act()), []
-    fused.act.register_forward_hook(lambda *_: seen.append(1))
+    norm, fused, seen = norm_act(), fuse(norm_act()), []
+    for module in (norm, fused):
+        module.act.register_forward_hook(lambda *_: seen.append(1))
+    assert [plan.reason for plan in plan_fusion(norm)] == ["hooks between it and its activation"]
     fused(torch.randn(2, 6, 3, 3))
     assert seen
 

@@ -14,9 +14,13 @@ class Mixin(nn.Module):
 
     _mixin: type[Mixin]
     _base: type[nn.Module]
+    _derived: tuple[str, ...] = ()  # attributes that follow from the module: not copied, gone with the mixin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in self._derived}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self._mixin, self._base), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _blank, (self._mixin, self._base), self.__getstate__()
 
 
 def mix(mixin: type[Mixin], module: nn.Module) -> None:
@@ -26,6 +30,8 @@ def mix(mixin: type[Mixin], module: nn.Module) -> None:
 
 def unmix(module: Mixin) -> None:
     """Give the module its class back."""
+    for name in module._derived:
+        vars(module).pop(name, None)
     module.__class__ = module._base  # type: ignore[assignment]
 
 

@@ -11,7 +11,10 @@ from sparseprop.nn.mixin import Mixin
 from sparseprop.nn.norm import PASSING, Statistics
 from sparseprop.ops.norm import batch_norm
 
-__all__ = ["NativeNormAct", "has_own_activation", "own_cap"]
+__all__ = ["NativeNormAct", "has_own_activation", "obstacle", "own_cap"]
+
+# `NormSpec.cap` of the activations that our kernels have
+_CAPS = {nn.Identity: 0.0, **{kind: cap for kind, (_, cap) in PASSING.items()}}
 
 
 def has_own_activation(norm: nn.Module) -> bool:
@@ -21,14 +24,19 @@ def has_own_activation(norm: nn.Module) -> bool:
     return ours and "forward" not in vars(norm)
 
 
-def own_cap(norm: nn.Module) -> float | None:
-    """`NormSpec.cap` of its activation, None for one that our kernels do not have, or that hooks wait for."""
+def obstacle(norm: nn.Module) -> str:
+    """Why its activation cannot be computed with it, "" if it can."""
     act, drop = norm.get_submodule("act"), norm.get_submodule("drop")
-    if hooked(act) or hooked(drop) or type(drop) is not nn.Identity:
-        return None
-    if type(act) is nn.Identity:
-        return 0.0
-    return PASSING[type(act)][1] if type(act) in PASSING else None
+    if hooked(act) or hooked(drop):
+        return "hooks between it and its activation"
+    if type(drop) is not nn.Identity:
+        return "dropout between it and its activation"
+    return "" if type(act) in _CAPS else f"no kernel for its {type(act).__name__}"
+
+
+def own_cap(norm: nn.Module) -> float | None:
+    """`NormSpec.cap` of its activation, None if it cannot be computed with it."""
+    return None if obstacle(norm) else _CAPS[type(norm.act)]
 
 
 class NativeNormAct(Mixin, Statistics):

@@ -15,12 +15,12 @@ from sparseprop.nn.attention import NativeAttention, computes_attention
 from sparseprop.nn.hooks import hooked
 from sparseprop.nn.mixin import Mixin, mix, unmix
 from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
-from sparseprop.nn.norm_act import NativeNormAct, has_own_activation, own_cap
+from sparseprop.nn.norm_act import NativeNormAct, has_own_activation, obstacle, own_cap
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.decide import check_model
 from sparseprop.swap.graphs import FUNCTION
 from sparseprop.swap.matches import NormCall, norm_calls
-from sparseprop.swap.rewrite import Rewritten, restore, rewrite
+from sparseprop.swap.rewrite import rewrite
 from sparseprop.swap.tracing import Watched, none_by_default, trace
 
 __all__ = ["Fusion", "fuse", "plan_fusion", "unfuse"]
@@ -37,7 +37,7 @@ class Fusion:
         name: of the batch norm or module in ``model.named_modules()``.
         relu: name of the ReLU or ReLU6 that it takes along, "relu()" for a function, None if none.
         native: whether it becomes native at all.
-        reason: why no ReLU, or nothing at all, in a few words; "" if both.
+        reason: why no ReLU, or nothing at all, in a few words; "" if both, or if there is none to take.
         adds: whether it takes an addition along as well, of a residual connection.
         pool: name of the max pooling behind the ReLU that it takes along, None if none.
         conv: name of the depthwise convolution that it runs in one chain with, None if none.
@@ -76,11 +76,8 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, (NativeNorm, Mixin)):
             continue
         if has_own_activation(module):
-            known = own_cap(module) is not None
-            reason = "" if known else f"no kernel for its {type(module.act).__name__}"
-            plan.append(Fusion(name, f"{name}.act" if known else None, True, reason))
-            continue
-        if type(module) not in NATIVE_NORMS or "forward" in vars(module):
+            plan.append(Fusion(name, _join(name, "act") if own_cap(module) else None, True, obstacle(module)))
+        elif type(module) not in NATIVE_NORMS or "forward" in vars(module):
             plan.append(Fusion(name, None, False, f"{type(module).__name__} is not torch's own batch norm"))
         elif name in calls:
             call = calls[name]
@@ -156,9 +153,7 @@ def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     if not inplace:
         model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, Rewritten):
-            restore(module)
-        elif isinstance(module, (NativeAttention, NativeNormAct)):
+        if isinstance(module, Mixin):
             unmix(module)
         if type(module) in _TORCH_NORMS:
             vars(module).pop("cap", None)

@@ -15,11 +15,11 @@ from typing import Any, cast
 from torch import nn
 
 from sparseprop.nn.hooks import hooked
-from sparseprop.nn.mixin import Mixin, mix, unmix
+from sparseprop.nn.mixin import Mixin, mix
 from sparseprop.swap.matches import Matches, matches
 from sparseprop.swap.tracing import none_by_default
 
-__all__ = ["Rewritten", "restore", "rewrite"]
+__all__ = ["Rewritten", "rewrite"]
 
 _RUNS = "_sparseprop_runs"
 
@@ -58,6 +58,7 @@ class Rewritten(Mixin):
     """Mixed into a module's class by `rewrite`; runs the changed forward of the mode it is in."""
 
     _sparseprop_runs: _Runs
+    _derived = (_RUNS,)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's; itself that once children were added, removed or replaced by others of another
@@ -69,25 +70,16 @@ class Rewritten(Mixin):
             return self._base.forward(self, *args, **kwargs)
         return runs.by_mode[self.training](self, *args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != _RUNS}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _attach(self)
 
 
 def rewrite(module: nn.Module) -> None:
-    """Change the module's class; its batch norms must be native by now."""
+    """Change the module's class until `unmix`; its batch norms must be native by now."""
     if not isinstance(module, Rewritten):
         mix(Rewritten, module)
     _attach(cast(Rewritten, module))
-
-
-def restore(module: Rewritten) -> None:
-    """Undo `rewrite`."""
-    vars(module).pop(_RUNS, None)
-    unmix(module)
 
 
 def _attach(module: Rewritten) -> None:
