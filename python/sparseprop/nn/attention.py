@@ -1,4 +1,4 @@
-"""Modules whose forwards call torch's attention, which our kernels compute in half the time."""
+"""Modules whose forwards call torch's attention, computed by our kernels in its place."""
 
 from __future__ import annotations
 
