@@ -14,7 +14,8 @@ from sparseprop.ops.norm import batch_norm
 __all__ = ["NativeNormAct", "has_own_activation", "obstacle", "own_cap"]
 
 # `NormSpec.cap` of the activations that our kernels have
-_CAPS = {nn.Identity: 0.0, **{kind: cap for kind, (_, cap) in PASSING.items()}}
+_CAPS: dict[type[nn.Module], float] = {kind: cap for kind, (_, cap) in PASSING.items()}
+_CAPS[nn.Identity] = 0.0
 
 
 def has_own_activation(norm: nn.Module) -> bool:
@@ -36,7 +37,7 @@ def obstacle(norm: nn.Module) -> str:
 
 def own_cap(norm: nn.Module) -> float | None:
     """`NormSpec.cap` of its activation, None if it cannot be computed with it."""
-    return None if obstacle(norm) else _CAPS[type(norm.act)]
+    return None if obstacle(norm) else _CAPS[type(norm.get_submodule("act"))]
 
 
 class NativeNormAct(Mixin, Statistics):
