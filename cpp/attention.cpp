@@ -138,7 +138,9 @@ class Head {
 template <class Task>
 void for_heads(const AttentionSizes& s, size_t scratch_bytes, Task task) {
   const bool parallel = s.batch * s.heads * s.queries * s.keys * (s.width + s.value_width) > (1 << 17);
-  run_tasks(s.batch * s.heads, parallel, scratch_bytes, [&](int64_t i, void* scratch) { task(i / s.heads, i % s.heads, scratch); });
+  run_list(s.batch * s.heads, parallel, [&] {
+    return [&, scratch = scratch_of(scratch_bytes)](int64_t i) { task(i / s.heads, i % s.heads, scratch); };
+  });
 }
 
 }  // namespace

@@ -1,12 +1,11 @@
 // Backward: pack a chunk of grad_out, then walk the transposed pattern: input gradient and weight gradient together.
-#include <numeric>
-
 #include "run.h"
 
 namespace sparseprop {
 namespace {
 
 constexpr size_t kKeepScratch = size_t{64} << 20;
+constexpr int64_t kSlice = 1 << 13;  // non-zeros that are gathered or summed up in one go
 
 // Columns are cut into `splits` ranges with a partial weight gradient each: a number that depends on the problem
 // alone, so that results do not depend on the thread count.
@@ -19,9 +18,9 @@ template <class S, class A>
 class BackwardRun {
  public:
   BackwardRun(const Call<S, A>& call, TensorRef x, TensorRef grad_out, const Gradients<S>& grads, S* values_t, S* dots,
-              S* bias_sums, int64_t splits, int64_t groups)
+              S* bias_sums, int64_t splits)
       : call_(call), x_(x), grad_out_(grad_out), grads_(grads), values_(values_t), dots_(dots), bias_sums_(bias_sums),
-        splits_(splits), groups_(groups), low_(call.low), plan_(call.low.schedule), grid_(call.low.grid) {
+        splits_(splits) {
     panel_at_ = pieces_.add<S>(plan_.panel_size);
     const int64_t tile = low_.stream.max_part_rows() * plan_.chunk;
     x_at_ = pieces_.add<S>(grads.values ? tile : 0);
@@ -29,22 +28,34 @@ class BackwardRun {
   }
 
   size_t scratch_bytes() const { return pieces_.bytes(); }
-  int64_t tasks() const { return splits_ * groups_; }
 
-  void operator()(int64_t task, void* scratch) const {
-    const int64_t split = task / groups_, group = task % groups_;
-    const Range chunks = share(plan_.chunks, splits_, split);
-    const Range parts = share(static_cast<int64_t>(low_.stream.parts().size()), groups_, group);
-    S* panel = at<S>(scratch, panel_at_);
-    for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-      const Columns columns = call_.chunk(c), padded = call_.padded(columns);
-      const Placement place = place_output(call_.sizes, grid_, grad_out_.strides);
-      pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grad_out_.data), 0, call_.layer.out_channels,
-           {padded.begin - grid_.max_shift, padded.end}, panel, plan_.panel);
-      if (bias_sums_ && group == 0) sum_bias(panel, padded.end - padded.begin, split);
-      if (!grads_.in.data && !grads_.values) continue;
-      for (int64_t p = parts.begin; p < parts.end; ++p) one_part(p, columns, padded, panel, scratch, split, c == chunks.begin);
-    }
+  // A split's chunks in one job, as their weight gradients are summed up; its parts where there are more threads.
+  std::vector<Rectangle> work(int64_t threads) const {
+    const bool bias_alone = !grads_.in.data && !grads_.values;
+    const int64_t parts = bias_alone ? 1 : static_cast<int64_t>(low_.stream.parts().size());
+    const int64_t groups = std::clamp<int64_t>(threads / splits_, 1, parts);
+    std::vector<Rectangle> work;
+    for (int64_t i = 0; i < splits_; ++i)
+      for (int64_t g = 0; g < groups; ++g) work.push_back({share(plan_.chunks, splits_, i), share(parts, groups, g)});
+    return work;
+  }
+
+  void pack_chunk(int64_t chunk, void* scratch) const {
+    const Columns padded = call_.padded(call_.chunk(chunk));
+    const Placement place = place_output(call_.sizes, grid_, grad_out_.strides);
+    pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grad_out_.data), 0, call_.layer.out_channels,
+         {padded.begin - grid_.max_shift, padded.end}, at<S>(scratch, panel_at_), plan_.panel);
+  }
+
+  void operator()(Piece piece, void* scratch) const {
+    int64_t split = 0;
+    while (piece.chunk >= share(plan_.chunks, splits_, split).end) ++split;
+    const Columns columns = call_.chunk(piece.chunk), padded = call_.padded(columns);
+    const S* panel = at<S>(scratch, panel_at_);
+    if (bias_sums_ && piece.part == 0) sum_bias(panel, padded.end - padded.begin, split);
+    if (!grads_.in.data && !grads_.values) return;
+    const bool fresh = piece.chunk == share(plan_.chunks, splits_, split).begin;
+    one_part(piece.part, columns, padded, panel, scratch, split, fresh);
   }
 
  private:
@@ -102,24 +113,40 @@ class BackwardRun {
   const Gradients<S>& grads_;
   const S* values_;
   S *dots_, *bias_sums_;
-  int64_t splits_, groups_;
-  const Lowered& low_;
-  const Schedule& plan_;
-  const Grid& grid_;
+  int64_t splits_;
+  const Lowered& low_ = call_.low;
+  const Schedule& plan_ = low_.schedule;
+  const Grid& grid_ = low_.grid;
   Pieces pieces_;
   size_t panel_at_, x_at_, grad_x_at_;
 };
+
+// Weight gradients of all splits, to the places of the values.
+template <class S>
+void scatter_sums(S* out, const uint32_t* permutation, const S* dots, int64_t nnz, int64_t splits, Range range) {
+  for (int64_t k = range.begin; k < range.end; ++k) {
+    S sum = dots[k];
+    for (int64_t s = 1; s < splits; ++s) sum += dots[s * nnz + k];
+    out[permutation[k]] = sum;
+  }
+}
+
+// task(range of the non-zeros), in slices small enough to be shared out
+template <class Task>
+void for_nonzeros(int64_t nnz, bool parallel, Task task) {
+  const int64_t slices = std::max<int64_t>(1, nnz / kSlice);
+  run_list(slices, parallel && slices > 3, [&] {
+    return [&, slices](int64_t i) { task(share(nnz, slices, i)); };
+  });
+}
 
 }  // namespace
 
 template <class S, class A>
 void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRef grad_out, const Gradients<S>& grads,
                   bool parallel) {
-  const Stream& stream = call.low.stream;
-  const int64_t nnz = stream.nnz(), threads = parallel ? omp_get_max_threads() : 1, rows = call.layer.out_channels;
+  const int64_t nnz = call.low.stream.nnz(), rows = call.layer.out_channels;
   const int64_t splits = column_splits(call.low.schedule.chunks, nnz, sizeof(S));
-  const int64_t groups = std::min<int64_t>(threads / std::gcd(splits, threads),
-                                           std::max<size_t>(1, stream.parts().size()));
   Pieces pieces;
   const size_t values_at = pieces.add<S>(nnz), dots_at = pieces.add<S>(grads.values ? nnz * splits : 0),
                bias_at = pieces.add<S>(rows * splits);
@@ -129,25 +156,16 @@ void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRe
   S* dots = at<S>(scratch, dots_at);
   S* bias_sums = grads.bias ? at<S>(scratch, bias_at) : nullptr;
   if (bias_sums) std::fill_n(bias_sums, rows * splits, S(0));
-  const uint32_t* permutation = stream.permutation().data();
-  const int64_t slices = parallel && nnz > (1 << 15) ? threads : 1;
+  const uint32_t* permutation = call.low.stream.permutation().data();
   if (grads.in.data) {
-    run_tasks(slices, true, 64, [&](int64_t i, void*) {
-      const Range r = share(nnz, slices, i);
-      call.kernels().gather(values_t + r.begin, values, permutation + r.begin, r.end - r.begin);
+    for_nonzeros(nnz, parallel, [&](Range r) {
+      call.kernels().gather(values_t + r.begin, values, permutation + r.begin, r.size());
     });
   }
-  const BackwardRun<S, A> run(call, x, grad_out, grads, values_t, dots, bias_sums, splits, groups);
-  run_tasks(run.tasks(), parallel, run.scratch_bytes(), run);
+  const BackwardRun<S, A> run(call, x, grad_out, grads, values_t, dots, bias_sums, splits);
+  run_chunks(run, run.work(team_size(parallel)), {true, call.worthwhile_parts()}, parallel);
   if (grads.values) {
-    run_tasks(slices, true, 64, [&](int64_t i, void*) {
-      const Range r = share(nnz, slices, i);
-      for (int64_t k = r.begin; k < r.end; ++k) {
-        S sum = dots[k];
-        for (int64_t s = 1; s < splits; ++s) sum += dots[s * nnz + k];
-        grads.values[permutation[k]] = sum;
-      }
-    });
+    for_nonzeros(nnz, parallel, [&](Range r) { scatter_sums(grads.values, permutation, dots, nnz, splits, r); });
   }
   for (int64_t o = 0; grads.bias && o < rows; ++o) {
     S sum = bias_sums[o];

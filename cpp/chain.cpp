@@ -202,10 +202,10 @@ template <class S, class Run>
 void run_channels(const ChainShape& shape, int64_t per_channel, Run task) {
   const int64_t group = std::max<int64_t>(1, kRun / shape.windows.in_size());
   const bool parallel = shape.images * shape.channels * shape.windows.in_size() > kSerial;
-  run_tasks(ceil_div(shape.channels, group), parallel, static_cast<size_t>(group * per_channel) * sizeof(S) + 64,
-            [&](int64_t i, void* scratch) {
-              task(i * group, std::min(group, shape.channels - i * group), static_cast<S*>(scratch));
-            });
+  run_list(ceil_div(shape.channels, group), parallel, [&] {
+    S* scratch = static_cast<S*>(scratch_of(static_cast<size_t>(group * per_channel) * sizeof(S) + 64));
+    return [&, scratch](int64_t i) { task(i * group, std::min(group, shape.channels - i * group), scratch); };
+  });
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Forward: pack a chunk of the input, run every part of the rows over its tiles, store the output tiles.
 #include <cmath>
+#include <optional>
 
 #include "norm.h"
 #include "run.h"
@@ -8,16 +9,6 @@ namespace sparseprop {
 namespace {
 
 constexpr int64_t kColdChunks = 4;  // walked more often than this in one call, values stay in the cache
-
-// Row groups per chunk so that every thread gets nearly the same number of (chunk, group) tasks.
-int64_t row_groups(int64_t chunks, int64_t parts) {
-  const int64_t threads = omp_get_max_threads();
-  for (int64_t g = 1; g < parts; ++g) {
-    const int64_t tasks = chunks * g;
-    if (10 * ceil_div(tasks, threads) * threads <= 11 * tasks) return g;
-  }
-  return std::max<int64_t>(1, parts);
-}
 
 // Batch norm, residual and activation on tiles that are still in the cache.
 template <class S>
@@ -58,54 +49,84 @@ class Finisher {
   std::vector<S> scale_, shift_;
 };
 
+// One call's pieces: a part of the rows on a chunk of the columns.
+template <class S, class A>
+class ForwardRun {
+ public:
+  ForwardRun(const Call<S, A>& call, TensorRef x, const S* values, const S* bias, TensorRef out, const Finish* finish)
+      : call_(call), x_(x), out_(out), values_(values), bias_(bias) {
+    panel_at_ = pieces_.add<S>(plan_.panel_size);
+    tile_at_ = pieces_.add<S>(stream_.max_part_rows() * plan_.chunk);
+    residual_at_ = pieces_.add<S>(finish && finish->residual.data ? stream_.max_part_rows() * plan_.chunk : 0);
+    if (finish) finisher_.emplace(*finish, call.layer.out_channels);
+  }
+
+  size_t scratch_bytes() const { return pieces_.bytes(); }
+
+  void pack_chunk(int64_t chunk, void* scratch) const {
+    const Columns padded = call_.padded(call_.chunk(chunk));
+    const int64_t phases = static_cast<int64_t>(grid_.phases.size());
+    S* panel = at<S>(scratch, panel_at_);
+    PanelShape shape = plan_.panel;
+    shape.row_pitch *= phases;
+    for (int64_t f = 0; f < phases; ++f) {
+      const Placement place = place_input(call_.layer, call_.sizes, grid_, x_.strides, grid_.phases[f]);
+      pack<A, S>(call_.table, grid_, place, static_cast<const A*>(x_.data), 0, call_.layer.in_channels,
+           {padded.begin, padded.end + grid_.max_shift}, panel + f * plan_.panel.row_pitch, shape);
+    }
+  }
+
+  void operator()(Piece piece, void* scratch) const {
+    const Columns columns = call_.chunk(piece.chunk), padded = call_.padded(columns);
+    const int64_t width = padded.end - padded.begin;
+    const S* panel = at<S>(scratch, panel_at_);
+    S* tile = at<S>(scratch, tile_at_);
+    const Stream::Part part = stream_.parts()[piece.part];
+    for (int64_t j = 0; j < width; j += plan_.tile) {
+      const int64_t vectors = call_.lane_groups(std::min(plan_.tile, width - j));
+      for (int64_t b = 0; b < stream_.blocks(); ++b) {
+        call_.kernels().forward[vectors - 1]({stream_.block(piece.part, b), values_, bias_ ? bias_ + part.row : nullptr,
+                                      panel + plan_.panel.at(j) + stream_.panel_row(b) * plan_.panel.row_pitch,
+                                      plan_.stream.unit_log2, tile + j, plan_.chunk, plan_.chunks <= kColdChunks});
+      }
+    }
+    if constexpr (std::is_same_v<S, A>) {
+      if (finisher_) (*finisher_)(call_, part, columns, tile, at<S>(scratch, residual_at_));
+    }
+    unpack<S, A>(call_.table, grid_, place_output(call_.sizes, grid_, out_.strides), static_cast<A*>(out_.data), part.row,
+           part.rows, columns, tile, plan_.chunk);
+  }
+
+ private:
+  const Call<S, A>& call_;
+  const TensorRef x_, out_;
+  const S *values_, *bias_;
+  const Schedule& plan_ = call_.low.schedule;
+  const Grid& grid_ = call_.low.grid;
+  const Stream& stream_ = call_.low.stream;
+  std::optional<Finisher<S>> finisher_;
+  Pieces pieces_;
+  size_t panel_at_, tile_at_, residual_at_;
+};
+
+// Chunks for every thread, a chunk's parts where there are more threads than chunks.
+std::vector<Rectangle> forward_work(int64_t chunks, int64_t parts, int64_t threads) {
+  std::vector<Rectangle> work;
+  const int64_t shares = std::min(threads, chunks), groups = std::clamp<int64_t>(threads / std::max<int64_t>(1, chunks), 1, parts);
+  for (int64_t i = 0; i < shares; ++i)
+    for (int64_t g = 0; g < groups; ++g) work.push_back({share(chunks, shares, i), share(parts, groups, g)});
+  return work;
+}
+
 }  // namespace
 
 template <class S, class A>
 void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* bias, TensorRef out, const Finish* finish,
                  bool parallel) {
-  const Lowered& low = call.low;
-  const Grid& grid = low.grid;
-  const Schedule& plan = low.schedule;
-  const Stream& stream = low.stream;
-  const int64_t parts = static_cast<int64_t>(stream.parts().size()), phases = static_cast<int64_t>(grid.phases.size());
-  const int64_t groups = parallel ? row_groups(plan.chunks, parts) : 1;
-  const Placement place_out = place_output(call.sizes, grid, out.strides);
-
-  Pieces pieces;
-  const size_t panel_at = pieces.add<S>(plan.panel_size), tile_at = pieces.add<S>(stream.max_part_rows() * plan.chunk),
-               residual_at = pieces.add<S>(finish && finish->residual.data ? stream.max_part_rows() * plan.chunk : 0);
-  std::optional<Finisher<S>> finisher;
-  if (finish) finisher.emplace(*finish, call.layer.out_channels);
-  run_tasks(plan.chunks * groups, parallel, pieces.bytes(), [&](int64_t task, void* scratch) {
-    const Columns columns = call.chunk(task / groups), padded = call.padded(columns);
-    const int64_t width = padded.end - padded.begin;
-    S* panel = at<S>(scratch, panel_at);
-    S* tile = at<S>(scratch, tile_at);
-    PanelShape shape = plan.panel;
-    shape.row_pitch *= phases;
-    for (int64_t f = 0; f < phases; ++f) {
-      const Placement place = place_input(call.layer, call.sizes, grid, x.strides, grid.phases[f]);
-      pack<A, S>(call.table, grid, place, static_cast<const A*>(x.data), 0, call.layer.in_channels,
-           {padded.begin, padded.end + grid.max_shift}, panel + f * plan.panel.row_pitch, shape);
-    }
-    const Range mine = share(parts, groups, task % groups);
-    for (int64_t p = mine.begin; p < mine.end; ++p) {
-      const Stream::Part part = stream.parts()[p];
-      for (int64_t j = 0; j < width; j += plan.tile) {
-        const int64_t vectors = call.lane_groups(std::min(plan.tile, width - j));
-        for (int64_t b = 0; b < stream.blocks(); ++b) {
-          call.kernels().forward[vectors - 1]({stream.block(p, b), values, bias ? bias + part.row : nullptr,
-                                        panel + plan.panel.at(j) + stream.panel_row(b) * plan.panel.row_pitch,
-                                        plan.stream.unit_log2, tile + j, plan.chunk, plan.chunks <= kColdChunks});
-        }
-      }
-      if constexpr (std::is_same_v<S, A>) {
-        if (finisher) (*finisher)(call, part, columns, tile, at<S>(scratch, residual_at));
-      }
-      unpack<S, A>(call.table, grid, place_out, static_cast<A*>(out.data), part.row, part.rows, columns, tile,
-             plan.chunk);
-    }
-  });
+  const int64_t chunks = call.low.schedule.chunks,
+                parts = static_cast<int64_t>(call.low.stream.parts().size());
+  const ForwardRun<S, A> run(call, x, values, bias, out, finish);
+  run_chunks(run, forward_work(chunks, parts, team_size(parallel)), {false, call.worthwhile_parts()}, parallel);
 }
 
 template void run_forward(const Call<float, float>&, TensorRef, const float*, const float*, TensorRef, const Finish*, bool);

@@ -1,7 +1,5 @@
 // How batch norm is cut into tasks, and its planes on their way through a max pooling.
 #pragma once
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -9,6 +7,7 @@
 #include "dispatch.h"
 #include "norm.h"
 #include "pool.h"
+#include "team.h"
 
 namespace sparseprop {
 
@@ -22,8 +21,7 @@ const KernelsOf<S>& table() { return kernels_of<S>(active_kernels()); }
 
 template <class Task>
 void run(int64_t tasks, bool parallel, Task task) {
-#pragma omp parallel for schedule(static) if (parallel && omp_get_max_threads() > 1 && !omp_in_parallel())
-  for (int64_t i = 0; i < tasks; ++i) task(i);
+  run_list(tasks, parallel, [&] { return [&](int64_t i) { task(i); }; });
 }
 
 // What the kernels need per channel, as arrays.

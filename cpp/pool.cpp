@@ -1,11 +1,10 @@
 #include "pool.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "dispatch.h"
+#include "team.h"
 
 namespace sparseprop {
 
@@ -14,13 +13,9 @@ namespace {
 // visit(pool of this thread, plane)
 template <class S, class Visit>
 void for_planes(const Windows& w, Visit visit) {
-  const bool parallel = w.planes * w.in_size() > (1 << 15) && omp_get_max_threads() > 1 && !omp_in_parallel();
-#pragma omp parallel if (parallel)
-  {
-    PlanePool<S> pool(w);
-#pragma omp for schedule(static)
-    for (int64_t plane = 0; plane < w.planes; ++plane) visit(pool, plane);
-  }
+  run_list(w.planes, w.planes * w.in_size() > (1 << 15), [&] {
+    return [&, pool = PlanePool<S>(w)](int64_t plane) mutable { visit(pool, plane); };
+  });
 }
 
 }  // namespace

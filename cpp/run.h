@@ -1,16 +1,16 @@
 // What running a contraction needs: one call's tensors and lowered form, scratch memory, tasks over threads.
 #pragma once
-#include <omp.h>
-
 #include <algorithm>
-#include <atomic>
 #include <new>
 
 #include "arena.h"
 #include "contraction.h"
 #include "schedule.h"
+#include "team.h"
 
 namespace sparseprop {
+
+constexpr double kMoveWork = 16;  // packing or storing one activation element costs about as many multiply-adds
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -45,32 +45,12 @@ S* at(void* base, size_t offset) {
   return reinterpret_cast<S*>(static_cast<char*>(base) + offset);
 }
 
-// Runs task(i, scratch) for i < tasks, statically over torch's threads; the result never depends on their number.
-template <class Task>
-void run_tasks(int64_t tasks, bool parallel, size_t scratch_bytes, Task task) {
-  std::atomic<bool> out_of_memory{false};
-  auto run = [&](int64_t i) {
-    void* scratch = thread_arena().reserve(scratch_bytes);
-    if (scratch == nullptr) {
-      out_of_memory.store(true);
-    } else {
-      task(i, scratch);
-    }
-  };
-  if (parallel && tasks > 1 && omp_get_max_threads() > 1 && !omp_in_parallel()) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < tasks; ++i) run(i);
-  } else {
-    for (int64_t i = 0; i < tasks; ++i) run(i);
-  }
-  if (out_of_memory.load()) throw std::bad_alloc();
+// This thread's scratch, until it asks for more.
+inline void* scratch_of(size_t bytes) {
+  void* scratch = thread_arena().reserve(bytes);
+  if (scratch == nullptr) throw std::bad_alloc();
+  return scratch;
 }
-
-struct Range {
-  int64_t begin, end;
-};
-
-inline Range share(int64_t total, int64_t pieces, int64_t i) { return {total * i / pieces, total * (i + 1) / pieces}; }
 
 template <class S, class A>
 struct Call {
@@ -85,11 +65,28 @@ struct Call {
     const int64_t begin = c * low.schedule.chunk;
     return {begin, std::min(begin + low.schedule.chunk, low.grid.columns)};
   }
+  // Parts of the rows whose work outweighs packing their chunk once more.
+  int64_t worthwhile_parts() const {
+    const double packing = kMoveWork * double(low.schedule.panel_size) / double(low.schedule.chunk);
+    const double part = double(low.stream.nnz()) / double(low.stream.parts().size());
+    return 1 + static_cast<int64_t>(std::min(packing / std::max(part, 1.0), 1e6));
+  }
   // Padded to whole vectors, so that kernels never see what an earlier call left.
   static Columns padded(Columns columns) {
     return {columns.begin, columns.begin + ceil_div(columns.end - columns.begin, lanes<S>()) * lanes<S>()};
   }
 };
+
+// Runs the pieces of a contraction; a thread keeps the panel of the chunk that it packed last.
+template <class Run>
+void run_chunks(const Run& run, const std::vector<Rectangle>& work, const Sharing& rule, bool parallel) {
+  run_team(work, rule, parallel, [&] {
+    return [&run, scratch = scratch_of(run.scratch_bytes()), packed = int64_t{-1}](Piece piece) mutable {
+      if (piece.chunk != packed) run.pack_chunk(packed = piece.chunk, scratch);
+      run(piece, scratch);
+    };
+  });
+}
 
 template <class S>
 struct Gradients {

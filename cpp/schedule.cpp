@@ -81,7 +81,7 @@ Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& prob
   s.stream.block_rows = std::max(step, ceil_to((problem.panel_rows + blocks - 1) / blocks, step));
   if (s.stream.block_rows > reach) s.stream.block_rows = std::max(step, reach / step * step);
   s.stream.part_rows = std::clamp<int64_t>(kL2 / 2 / (s.chunk * element_size), 64, 1024);
-  s.stream.min_parts = std::clamp<int64_t>(8 / std::max<int64_t>(1, s.chunks), 1, std::max<int64_t>(1, problem.rows / 32));
+  s.stream.min_parts = std::clamp<int64_t>(problem.pieces / std::max<int64_t>(1, s.chunks), 1, std::max<int64_t>(1, problem.rows / 32));
   return s;
 }
 

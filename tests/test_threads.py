@@ -64,3 +64,37 @@ def test_a_forked_worker_can_use_a_layer_that_was_used_before(threads):
         print(torch.equal(loaded, layer(x)[:8]))
     """)
     assert out.split() == ["True"]
+
+
+def test_results_do_not_depend_on_the_threads_that_took_work_over():
+    """More threads than cores: some are always late, and others take over what they have not begun."""
+    out = run("""
+        from torch import nn
+
+        def results(module, x):
+            x = x.clone().requires_grad_()
+            out = module(x)
+            out.backward(out.detach().sin())
+            return [out, x.grad, *(p.grad.clone() for p in module.parameters())]
+
+        linear = nn.Linear(512, 400)
+        linear.weight.data *= torch.rand(400, 512) < 0.05
+        linear.weight.data[7] = 1
+        skewed = sparseprop.nn.SparseLinear.from_dense(linear)
+        conv = sparseprop.nn.SparseConv2d.random(48, 64, 3, padding=1, density=0.1)
+        chain = nn.Sequential(
+            sparseprop.nn.SparseConv2d.random(48, 64, 1, density=0.1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, groups=64, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2))
+        sparseprop.fuse(chain)
+        images = torch.randn(6, 48, 30, 30)
+        for module, x in (skewed, torch.randn(900, 512)), (conv, images), (chain, images):
+            torch.set_num_threads(1)
+            wanted = results(module, x)
+            for threads in (2, 3, 7) * 8:
+                torch.set_num_threads(threads)
+                module.zero_grad()
+                got = results(module, x)
+                assert all(map(torch.equal, got, wanted)), (type(module).__name__, threads)
+        print("equal")
+    """)
+    assert out.split() == ["equal"]

@@ -1,0 +1,108 @@
+// Work shared out over torch's threads. Pieces are claimed one by one, and a thread that has run out takes over half of
+// what another has not begun: cores are seldom equally fast (neighbours, clocks, interrupts), and shares fixed in advance
+// end with the slowest.
+#pragma once
+#include <omp.h>
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace sparseprop {
+
+struct Range {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+
+inline Range share(int64_t total, int64_t pieces, int64_t i) { return {total * i / pieces, total * (i + 1) / pieces}; }
+
+// Chunks times parts. A chunk has a cost of its own for each thread that works on it (packing its panel).
+struct Rectangle {
+  Range chunks, parts;
+};
+
+struct Piece {
+  int64_t chunk, part;
+};
+
+struct Sharing {
+  bool in_order;        // a part's chunks are done one after the other, as their sums go to the same place
+  int64_t least_parts;  // of a chunk that another thread has begun: fewer are not worth its cost
+};
+
+// What one thread has before it, chunk by chunk.
+class alignas(64) Job {
+ public:
+  void set(const Rectangle& work, bool begun);
+  // The next piece. With it the one before counts as done.
+  bool claim(Piece& piece);
+  // Pieces that another thread may be given, now or later.
+  int64_t spare(const Sharing& rule) const;
+  // Gives away about half of what is not claimed, all of it if nothing is; false if that must wait.
+  bool give(const Sharing& rule, Rectangle& half);
+
+ private:
+  int64_t chunks_behind() const { return chunks_.end - chunks_.begin - 1; }
+  int64_t middle() const;
+
+  mutable std::mutex mutex_;
+  Range chunks_ = {0, 0}, parts_ = {0, 0};  // from the chunk at hand on
+  int64_t part_ = 0;                        // next one of the chunk at hand
+  bool begun_ = true;
+};
+
+class Team {
+ public:
+  Team(const std::vector<Rectangle>& work, const Sharing& rule, int threads);
+  bool next(int thread, Piece& piece);
+  void fail() { failed_.store(true); }
+  bool failed() const { return failed_.load(); }
+
+ private:
+  Job* with_most_to_spare();
+
+  std::vector<Job> jobs_;
+  Sharing rule_;
+  std::atomic<bool> failed_{false};
+};
+
+inline int team_size(bool parallel) { return parallel && !omp_in_parallel() ? omp_get_max_threads() : 1; }
+
+// start() is called by every thread and returns what does its pieces: member(piece).
+template <class Start>
+void run_team(const std::vector<Rectangle>& work, const Sharing& rule, bool parallel, Start start) {
+  const int threads = team_size(parallel);
+  if (threads == 1) {
+    auto member = start();
+    for (const Rectangle& w : work)
+      for (int64_t chunk = w.chunks.begin; chunk < w.chunks.end; ++chunk)
+        for (int64_t part = w.parts.begin; part < w.parts.end; ++part) member(Piece{chunk, part});
+    return;
+  }
+  Team team(work, rule, threads);
+#pragma omp parallel num_threads(threads)
+  try {
+    auto member = start();
+    for (Piece piece; team.next(omp_get_thread_num(), piece);) member(piece);
+  } catch (const std::bad_alloc&) {
+    team.fail();
+  }
+  if (team.failed()) throw std::bad_alloc();
+}
+
+// Runs start()(i) for i < tasks, independent of each other.
+template <class Start>
+void run_list(int64_t tasks, bool parallel, Start start) {
+  std::vector<Rectangle> work;
+  const int threads = team_size(parallel);
+  for (int i = 0; i < threads; ++i) work.push_back({share(tasks, threads, i), {0, 1}});
+  run_team(work, {false, 1}, parallel, [&] {
+    return [task = start()](Piece piece) mutable { task(piece.chunk); };
+  });
+}
+
+}  // namespace sparseprop
