@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import PLAIN_TYPES, kernels_may_read
+from sparseprop.ops.parts import Parts, in_one
 
 __all__ = ["attention"]
 
@@ -44,7 +45,9 @@ def attention(
         )
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return cast(Tensor, _Attention.apply(query, key, value, attn_mask, is_causal, scale))  # type: ignore[no-untyped-call]
+        whole, parts = in_one(query, key, value)
+        inputs = (query, key, value) if whole is None else (whole,)
+        return cast(Tensor, _Attention.apply(parts, attn_mask, is_causal, scale, *inputs))  # type: ignore[no-untyped-call]
     return _forward(query, key, value, attn_mask, is_causal, scale)[0]
 
 
@@ -128,37 +131,44 @@ def _forward(
 class _Attention(Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool, scale: float
+        ctx: Any, parts: Parts | None, mask: Any, causal: bool, scale: float, *inputs: Tensor
     ) -> Tensor:
+        query, key, value = inputs if parts is None else parts.of(inputs[0])
         out, log_sum = _forward(query, key, value, mask, causal, scale)
-        ctx.save_for_backward(query, key, value, mask, log_sum)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.save_for_backward(mask, log_sum, *inputs)
+        ctx.parts, ctx.causal, ctx.scale = parts, causal, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, log_sum = ctx.saved_tensors
+        mask, log_sum, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (*_differentiable(grad, ctx, query, key, value, mask), None, None, None)
+            return (*(None,) * 4, *_differentiable(grad, ctx, mask, inputs))
         from sparseprop import _native as native
 
-        query, key, value, grad = _rows(query), _rows(key), _rows(value), _rows(grad)
-        grads = [_empty(tensor, tensor.shape[3]) for tensor in (query, key, value)]
+        parts: Parts | None = ctx.parts
+        if parts is None:
+            query, key, value = map(_rows, inputs)
+            results = grads = [_empty(tensor, tensor.shape[3]) for tensor in (query, key, value)]
+        else:
+            query, key, value = parts.of(inputs[0])
+            results = [torch.empty_like(inputs[0])]
+            grads = parts.of(results[0])
+        grad = _rows(grad)
         native.attention_backward(
             _sizes(query, key, value, ctx.causal, ctx.scale),
             _heads(query), _heads(key), _heads(value), _mask(mask, query, key), log_sum.data_ptr(),
             _heads(grad), *map(_heads, grads),
         )  # fmt: skip
-        return (*grads, None, None, None)
+        return (*(None,) * 4, *results)
 
 
-def _differentiable(
-    grad: Tensor, ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> list[Tensor | None]:
+def _differentiable(grad: Tensor, ctx: Any, mask: Tensor | None, inputs: list[Tensor]) -> list[Tensor | None]:
     """The gradients by torch's functions, to be differentiated once more."""
-    needs = ctx.needs_input_grad[:3]
-    wanted = [tensor for tensor, need in zip((query, key, value), needs, strict=True) if need]
+    needs = ctx.needs_input_grad[4:]
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     with torch.enable_grad():
+        query, key, value = inputs if ctx.parts is None else ctx.parts.of(inputs[0])
         scores = query @ key.transpose(2, 3) * ctx.scale
         if ctx.causal:
             mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
