@@ -99,6 +99,7 @@ void bind_norm(py::module_& m);   // bindings_norm.cpp
 void bind_pool(py::module_& m);   // bindings_pool.cpp
 void bind_chain(py::module_& m);  // bindings_chain.cpp
 void bind_attention(py::module_& m);  // bindings_attention.cpp
+void bind_gelu(py::module_& m);       // bindings_gelu.cpp
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Kernels for sparse weights; use sparseprop.nn, not this module.";
@@ -129,6 +130,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_pool(m);
   bind_chain(m);
   bind_attention(m);
+  bind_gelu(m);
   m.def("available_isas", [] { return py::tuple(py::cast(available_isas())); });
   m.def("active_isa", [] { return std::string(active_kernels().name); });
   m.def("set_max_isa", &set_max_isa, py::arg("name"));

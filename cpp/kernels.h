@@ -202,6 +202,7 @@ struct Kernels {
   Movers<bf16, float> from_bf16;
   Movers<float, bf16> to_bf16;
   AttentionKernels attention;
+  void (*gelu_backward)(const float* grad, const float* x, float* grad_x, ptrdiff_t n);
 };
 
 // Columns per lane group: one AVX-512 register. Every ISA uses the same tiles, so results do not depend on padding.

@@ -4,6 +4,7 @@
 #include "backward.inl"
 #include "depthwise.inl"
 #include "forward.inl"
+#include "gelu.inl"
 #include "move.inl"
 #include "norm.inl"
 #include "pool.inl"
@@ -43,7 +44,8 @@ constexpr Kernels make_kernels(const char* name) {
           kernels_of<F64>(),
           {&Move<F32, bf16, float>::copy, &Move<F32, bf16, float>::transpose, &Move<F32, bf16, float>::planes},
           {&Move<F32, float, bf16>::copy, &Move<F32, float, bf16>::transpose, &Move<F32, float, bf16>::planes},
-          {&product<F32>, &Softmax<F32>::forward, &Softmax<F32>::backward, &scale_rows<F32>}};
+          {&product<F32>, &Softmax<F32>::forward, &Softmax<F32>::backward, &scale_rows<F32>},
+          &Gelu<F32>::backward};
 }
 
 }  // namespace sparseprop

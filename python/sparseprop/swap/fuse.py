@@ -1,4 +1,4 @@
-"""Make what lies between the sparse layers cheaper: batch norm and what follows it, and attention."""
+"""Make what lies between the sparse layers cheaper: batch norm and what follows it, attention, GELU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from sparseprop.errors import SparsePropError
 from sparseprop.nn.attention import NativeAttention, computes_attention
+from sparseprop.nn.gelu import NativeGELU, is_gelu
 from sparseprop.nn.hooks import hooked
 from sparseprop.nn.mixin import Mixin, mix, unmix
 from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
@@ -31,7 +32,7 @@ _TORCH_RELUS = {passing: torch_class for torch_class, (passing, _) in PASSING.it
 
 @dataclass(frozen=True)
 class Fusion:
-    """What becomes of one batch norm, or of a module that computes attention.
+    """What becomes of one batch norm, of a module that computes attention, or of a GELU.
 
     Attributes:
         name: of the batch norm or module in ``model.named_modules()``.
@@ -42,6 +43,7 @@ class Fusion:
         pool: name of the max pooling behind the ReLU that it takes along, None if none.
         conv: name of the depthwise convolution that it runs in one chain with, None if none.
         attention: whether it is no batch norm, but a module whose attention our kernels compute.
+        gelu: whether it is no batch norm, but a GELU.
     """
 
     name: str
@@ -52,11 +54,12 @@ class Fusion:
     pool: str | None = None
     conv: str | None = None
     attention: bool = False
+    gelu: bool = False
 
 
 def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
-    """Which batch norms of `model` can become native, and which can take the ReLU behind them along; and the
-    modules that compute attention.
+    """Which batch norms of `model` can become native, and which can take the ReLU behind them along; the
+    modules that compute attention, and the GELUs that are modules.
 
     A ReLU is found by tracing (`torch.fx`): a module anywhere in the model, in its training mode as it is;
     additions, functional ReLUs, max pooling and depthwise convolutions in the forward of the module that owns
@@ -73,6 +76,8 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
     for name, module in model.named_modules():
         if computes_attention(module) and not isinstance(module, Mixin) and not norm_calls(module):
             plan.append(Fusion(name, None, True, "", attention=True))
+        if is_gelu(module) and not isinstance(module, Mixin):
+            plan.append(Fusion(name, None, True, "", gelu=True))
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, (NativeNorm, Mixin)):
             continue
         if has_own_activation(module):
@@ -94,10 +99,10 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
 def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Make the batch norms of `model` native, with the addition and ReLU behind each, as `plan_fusion` says.
 
-    2-D max pooling becomes native too, and so does attention: `scaled_dot_product_attention` in modules that
-    call it, as those of torch, timm and transformers do (not while compiling). A sparse layer with a batch
-    norm alone behind it, in one and the same forward, runs it in evaluation mode while no gradients are
-    recorded: swap first, then fuse.
+    2-D max pooling becomes native too, the GELUs of torch and transformers, and attention:
+    `scaled_dot_product_attention` in modules that call it, as those of torch, timm and transformers do (not
+    while compiling). A sparse layer with a batch norm alone behind it, in one and the same forward, runs it
+    in evaluation mode while no gradients are recorded: swap first, then fuse.
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
@@ -122,8 +127,8 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         if not fusion.native:
             continue
         norm = modules[fusion.name]
-        if fusion.attention or has_own_activation(norm):
-            mix(NativeAttention if fusion.attention else NativeNormAct, norm)
+        if fusion.attention or fusion.gelu or has_own_activation(norm):
+            mix(NativeAttention if fusion.attention else NativeGELU if fusion.gelu else NativeNormAct, norm)
             continue
         norm.__class__ = NATIVE_NORMS[type(norm)]
         if fusion.relu in modules and not (fusion.adds or fusion.pool or fusion.conv):
