@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import sparseprop
 from sparseprop.ops.attention import attention
 from sparseprop.ops.parts import in_one
 
@@ -62,6 +63,15 @@ def test_nothing_is_collected_on_the_way():
     query, key, value = timm_style(leaf() * 1)
     node = attention(query, key, value).grad_fn
     assert [before.name() for before, _ in node.next_functions if before] == ["MulBackward0"]
+
+
+def test_torchs_multihead_attention_projects_to_one_tensor():
+    module = sparseprop.fuse(nn.MultiheadAttention(64, 4, batch_first=True))
+    x = torch.randn(2, 9, 64)
+    node = module(x, x, x, need_weights=False)[0].grad_fn
+    while node.name() != "_AttentionBackward":
+        node = next(before for before, _ in node.next_functions if "Accumulate" not in before.name())
+    assert sum(before is not None for before, _ in node.next_functions) == 1
 
 
 class Reversed(torch.autograd.Function):
