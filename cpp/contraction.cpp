@@ -53,9 +53,9 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   const Grid grid = make_grid(layer_, sizes, lanes);
   const int64_t phases = static_cast<int64_t>(grid.phases.size()), inner = layer_.in_channels * phases;
   const bool forward = direction == Direction::forward;
-  const Problem problem = forward ? Problem{layer_.out_channels, inner, 1, phases, double(pattern_.nnz), kSegment, 16, kHalfTileForward}
+  const Problem problem = forward ? Problem{layer_.out_channels, inner, 1, phases, double(pattern_.nnz), kSegment, kHalfTileForward}
                                   : Problem{inner, layer_.out_channels, phases, 1, double(pattern_.nnz),
-                                            grid.max_shift == 0 ? kSegmentBackward : kSegment, 8, kHalfTileBackward};
+                                            grid.max_shift == 0 ? kSegmentBackward : kSegment, kHalfTileBackward};
   const Schedule schedule = make_schedule(layer_, grid, problem, element_size);
   auto lowered = std::make_shared<const Lowered>(
       Lowered{direction, element_size, sizes, grid, schedule,

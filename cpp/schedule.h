@@ -24,7 +24,6 @@ struct Problem {
   int64_t panel_step;
   double nnz;
   double segment;      // non-zeros per segment below which partial sums cost more than L1 saves
-  int64_t pieces;      // chunks times parts, at least: the smallest share of the work that changes threads
   double half_tile;    // density up to which tiles of half the width are faster where columns are batch entries
 };
 
