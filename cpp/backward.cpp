@@ -6,6 +6,7 @@ namespace {
 
 constexpr size_t kKeepScratch = size_t{64} << 20;
 constexpr int64_t kSlice = 1 << 13;  // non-zeros that are gathered or summed up in one go
+constexpr int64_t kParallelSlices = 4;    // fewer are not worth starting threads
 
 // Columns are cut into `splits` ranges with a partial weight gradient each: a number that depends on the problem
 // alone, so that results do not depend on the thread count.
@@ -29,15 +30,11 @@ class BackwardRun {
 
   size_t scratch_bytes() const { return pieces_.bytes(); }
 
-  // A split's chunks in one job, as their weight gradients are summed up; its parts where there are more threads.
+  // A split's chunks in one job, as their weight gradients are summed up.
   std::vector<Rectangle> work(int64_t threads) const {
     const bool bias_alone = !grads_.in.data && !grads_.values;
     const int64_t parts = bias_alone ? 1 : static_cast<int64_t>(low_.stream.parts().size());
-    const int64_t groups = std::clamp<int64_t>(threads / splits_, 1, parts);
-    std::vector<Rectangle> work;
-    for (int64_t i = 0; i < splits_; ++i)
-      for (int64_t g = 0; g < groups; ++g) work.push_back({share(plan_.chunks, splits_, i), share(parts, groups, g)});
-    return work;
+    return cut(plan_.chunks, splits_, parts, threads);
   }
 
   void pack_chunk(int64_t chunk, void* scratch) const {
@@ -135,9 +132,7 @@ void scatter_sums(S* out, const uint32_t* permutation, const S* dots, int64_t nn
 template <class Task>
 void for_nonzeros(int64_t nnz, bool parallel, Task task) {
   const int64_t slices = std::max<int64_t>(1, nnz / kSlice);
-  run_list(slices, parallel && slices > 3, [&] {
-    return [&, slices](int64_t i) { task(share(nnz, slices, i)); };
-  });
+  run_each(slices, parallel && slices >= kParallelSlices, [&](int64_t i) { task(share(nnz, slices, i)); });
 }
 
 }  // namespace

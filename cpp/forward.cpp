@@ -109,24 +109,15 @@ class ForwardRun {
   size_t panel_at_, tile_at_, residual_at_;
 };
 
-// Chunks for every thread, a chunk's parts where there are more threads than chunks.
-std::vector<Rectangle> forward_work(int64_t chunks, int64_t parts, int64_t threads) {
-  std::vector<Rectangle> work;
-  const int64_t shares = std::min(threads, chunks), groups = std::clamp<int64_t>(threads / std::max<int64_t>(1, chunks), 1, parts);
-  for (int64_t i = 0; i < shares; ++i)
-    for (int64_t g = 0; g < groups; ++g) work.push_back({share(chunks, shares, i), share(parts, groups, g)});
-  return work;
-}
-
 }  // namespace
 
 template <class S, class A>
 void run_forward(const Call<S, A>& call, TensorRef x, const S* values, const S* bias, TensorRef out, const Finish* finish,
                  bool parallel) {
   const int64_t chunks = call.low.schedule.chunks,
-                parts = static_cast<int64_t>(call.low.stream.parts().size());
+                parts = static_cast<int64_t>(call.low.stream.parts().size()), threads = team_size(parallel);
   const ForwardRun<S, A> run(call, x, values, bias, out, finish);
-  run_chunks(run, forward_work(chunks, parts, team_size(parallel)), {false, call.worthwhile_parts()}, parallel);
+  run_chunks(run, cut(chunks, std::min(chunks, threads), parts, threads), {false, call.worthwhile_parts()}, parallel);
 }
 
 template void run_forward(const Call<float, float>&, TensorRef, const float*, const float*, TensorRef, const Finish*, bool);

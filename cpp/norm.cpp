@@ -24,7 +24,7 @@ struct Rows {
   std::vector<double> reduce(const NormArgs<S>& all, bool parallel, Kernel kernel) const {
     const int64_t n = shape.channels;
     std::vector<double> sums(2 * n * kSplits, 0.0);
-    run(kSplits, parallel, [&](int64_t i) {
+    run_each(kSplits, parallel, [&](int64_t i) {
       std::vector<S> scratch(table<S>().rows.scratch_per_channel * n);
       kernel(part(all, i), sums.data() + 2 * n * i, sums.data() + 2 * n * i + n, scratch.data());
     });
@@ -59,7 +59,7 @@ void norm_forward(const NormShape& shape, const NormForward<S>& call) {
     }
     for (int64_t c = 0; c < channels; ++c) affine(c);
     per.point(all, 0);
-    run(kSplits, parallel, [&](int64_t i) { table<S>().rows.apply(rows.part(all, i)); });
+    run_each(kSplits, parallel, [&](int64_t i) { table<S>().rows.apply(rows.part(all, i)); });
     return;
   }
   run_planes(shape, all, parallel, [&](NormArgs<S> a, int64_t first, double* sums, S* scratch) {
@@ -101,7 +101,7 @@ void norm_backward(const NormShape& shape, const NormBackward<S>& call) {
     std::vector<double> sums(2 * channels, 0.0);
     if (sums_wanted) sums = rows.reduce(all, parallel, table<S>().rows.grad_sums);
     for (int64_t c = 0; c < channels; ++c) finish(c, sums[c], sums[channels + c]);
-    if (call.grad_x) run(kSplits, parallel, [&](int64_t i) { table<S>().rows.grad_apply(rows.part(all, i)); });
+    if (call.grad_x) run_each(kSplits, parallel, [&](int64_t i) { table<S>().rows.grad_apply(rows.part(all, i)); });
     return;
   }
   run_planes(shape, all, parallel, [&](NormArgs<S> a, int64_t first, double* sums, S* scratch) {

@@ -19,11 +19,6 @@ constexpr int64_t kRun = 1024;
 template <class S>
 const KernelsOf<S>& table() { return kernels_of<S>(active_kernels()); }
 
-template <class Task>
-void run(int64_t tasks, bool parallel, Task task) {
-  run_list(tasks, parallel, [&] { return [&](int64_t i) { task(i); }; });
-}
-
 // What the kernels need per channel, as arrays.
 template <class S>
 struct Channels {
@@ -86,7 +81,7 @@ void finish_gradients(const NormBackward<S>& call, Channels<S>& per, int64_t c, 
 template <class S, class Task>
 void run_planes(const NormShape& shape, const NormArgs<S>& all, bool parallel, Task task) {
   const int64_t group = std::max<int64_t>(1, kRun / shape.inner), tasks = (shape.channels + group - 1) / group;
-  run(tasks, parallel, [&](int64_t i) {
+  run_each(tasks, parallel, [&](int64_t i) {
     const int64_t first = i * group, channels = std::min(group, shape.channels - first);
     std::vector<double> sums(2 * channels, 0.0);
     std::vector<S> scratch(table<S>().planes.scratch_per_channel * channels);

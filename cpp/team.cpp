@@ -5,6 +5,14 @@
 
 namespace sparseprop {
 
+std::vector<Rectangle> cut(int64_t chunks, int64_t shares, int64_t parts, int64_t threads) {
+  std::vector<Rectangle> work;
+  const int64_t groups = std::clamp<int64_t>(threads / std::max<int64_t>(1, shares), 1, std::max<int64_t>(1, parts));
+  for (int64_t i = 0; i < shares; ++i)
+    for (int64_t g = 0; g < groups; ++g) work.push_back({share(chunks, shares, i), share(parts, groups, g)});
+  return work;
+}
+
 using Lock = std::lock_guard<std::mutex>;
 
 void Job::set(const Rectangle& work, bool begun) {

@@ -29,6 +29,9 @@ struct Piece {
   int64_t chunk, part;
 };
 
+// `shares` ranges of the chunks, each with all parts, or with some where there are more threads than that.
+std::vector<Rectangle> cut(int64_t chunks, int64_t shares, int64_t parts, int64_t threads);
+
 struct Sharing {
   bool in_order;        // a part's chunks are done one after the other, as their sums go to the same place
   int64_t least_parts;  // of a chunk that another thread has begun: fewer are not worth its cost
@@ -97,12 +100,16 @@ void run_team(const std::vector<Rectangle>& work, const Sharing& rule, bool para
 // Runs start()(i) for i < tasks, independent of each other.
 template <class Start>
 void run_list(int64_t tasks, bool parallel, Start start) {
-  std::vector<Rectangle> work;
   const int threads = team_size(parallel);
-  for (int i = 0; i < threads; ++i) work.push_back({share(tasks, threads, i), {0, 1}});
-  run_team(work, {false, 1}, parallel, [&] {
+  run_team(cut(tasks, threads, 1, threads), {false, 1}, parallel, [&] {
     return [task = start()](Piece piece) mutable { task(piece.chunk); };
   });
+}
+
+// The same for a task that keeps nothing of its own from one i to the next.
+template <class Task>
+void run_each(int64_t tasks, bool parallel, Task task) {
+  run_list(tasks, parallel, [&] { return [&](int64_t i) { task(i); }; });
 }
 
 }  // namespace sparseprop

@@ -127,8 +127,9 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         if not fusion.native:
             continue
         norm = modules[fusion.name]
-        if fusion.attention or fusion.gelu or has_own_activation(norm):
-            mix(NativeAttention if fusion.attention else NativeGELU if fusion.gelu else NativeNormAct, norm)
+        mixin = _mixin_for(fusion, norm)
+        if mixin is not None:
+            mix(mixin, norm)
             continue
         norm.__class__ = NATIVE_NORMS[type(norm)]
         if fusion.relu in modules and not (fusion.adds or fusion.pool or fusion.conv):
@@ -168,6 +169,15 @@ def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         elif type(module) is MaxPool2d:
             cast(nn.Module, module).__class__ = nn.MaxPool2d
     return model
+
+
+def _mixin_for(fusion: Fusion, module: nn.Module) -> type[Mixin] | None:
+    """What is mixed into the module's class, None for torch's batch norms, which get another class."""
+    if fusion.attention:
+        return NativeAttention
+    if fusion.gelu:
+        return NativeGELU
+    return NativeNormAct if has_own_activation(module) else None
 
 
 def _own_calls(model: nn.Module) -> dict[str, NormCall]:
