@@ -1,12 +1,11 @@
 // Backward: pack a chunk of grad_out, then walk the transposed pattern: input gradient and weight gradient together.
+#include "exchange.h"
 #include "run.h"
 
 namespace sparseprop {
 namespace {
 
 constexpr size_t kKeepScratch = size_t{64} << 20;
-constexpr int64_t kSlice = 1 << 13;  // non-zeros that are gathered or summed up in one go
-constexpr int64_t kParallelSlices = 4;    // fewer are not worth starting threads
 
 // Columns are cut into `splits` ranges with a partial weight gradient each: a number that depends on the problem
 // alone, so that results do not depend on the thread count.
@@ -89,7 +88,7 @@ class BackwardRun {
         }
         call_.kernels().backward[vectors - 1](
             {stream.block(p, b), values_, slab, unit_log2, x + j, grad_x ? grad_x + j : nullptr, plan_.chunk,
-             dots_ + split * stream.nnz() + stream.first_nonzero(p, b), !fresh || j > 0});
+             dots_ + split * stream.nnz() + stream.nonzeros(p, b).begin, !fresh || j > 0});
       }
     }
     if (!grad_x) return;
@@ -118,23 +117,6 @@ class BackwardRun {
   size_t panel_at_, x_at_, grad_x_at_;
 };
 
-// Weight gradients of all splits, to the places of the values.
-template <class S>
-void scatter_sums(S* out, const uint32_t* permutation, const S* dots, int64_t nnz, int64_t splits, Range range) {
-  for (int64_t k = range.begin; k < range.end; ++k) {
-    S sum = dots[k];
-    for (int64_t s = 1; s < splits; ++s) sum += dots[s * nnz + k];
-    out[permutation[k]] = sum;
-  }
-}
-
-// task(range of the non-zeros), in slices small enough to be shared out
-template <class Task>
-void for_nonzeros(int64_t nnz, bool parallel, Task task) {
-  const int64_t slices = std::max<int64_t>(1, nnz / kSlice);
-  run_each(slices, parallel && slices >= kParallelSlices, [&](int64_t i) { task(share(nnz, slices, i)); });
-}
-
 }  // namespace
 
 template <class S, class A>
@@ -151,17 +133,10 @@ void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRe
   S* dots = at<S>(scratch, dots_at);
   S* bias_sums = grads.bias ? at<S>(scratch, bias_at) : nullptr;
   if (bias_sums) std::fill_n(bias_sums, rows * splits, S(0));
-  const uint32_t* permutation = call.low.stream.permutation().data();
-  if (grads.in.data) {
-    for_nonzeros(nnz, parallel, [&](Range r) {
-      call.kernels().gather(values_t + r.begin, values, permutation + r.begin, r.size());
-    });
-  }
+  if (grads.in.data) gather_values(values_t, values, call.low.stream, parallel);
   const BackwardRun<S, A> run(call, x, grad_out, grads, values_t, dots, bias_sums, splits);
   run_chunks(run, run.work(team_size(parallel)), {true, call.worthwhile_parts()}, parallel);
-  if (grads.values) {
-    for_nonzeros(nnz, parallel, [&](Range r) { scatter_sums(grads.values, permutation, dots, nnz, splits, r); });
-  }
+  if (grads.values) scatter_sums(grads.values, dots, splits, call.low.stream, parallel);
   for (int64_t o = 0; grads.bias && o < rows; ++o) {
     S sum = bias_sums[o];
     for (int64_t s = 1; s < splits; ++s) sum += bias_sums[s * rows + o];

@@ -187,7 +187,6 @@ struct KernelsOf {
   void (*backward[kMaxTile])(const BackwardArgs<S>&);
   void (*zero)(S* dst, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);
   void (*row_sums)(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);  // sums[r] +=
-  void (*gather)(S* dst, const S* src, const uint32_t* index, ptrdiff_t n);
   Movers<S, S> move;
   NormKernels<S> planes, rows;
   void (*max_pool_row)(const PoolRow<S>&);

@@ -1,6 +1,7 @@
 #include "stream.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace sparseprop {
 
@@ -12,6 +13,11 @@ Stream::Stream(const Entries& entries, const StreamShape& shape)
   cut_parts(entries, shape);
   for (const Part& part : parts_) add_part(entries, shape, part);
   nnz_ = static_cast<int64_t>(offset_.size());
+  index_.push_back({0, 0, 0, static_cast<uint32_t>(nnz_)});
+  window_.assign(n_blocks_ + 1, 0);
+  for (size_t p = 0; p < parts_.size(); ++p)
+    for (int64_t b = 0; b < n_blocks_; ++b) window_[b + 1] += nonzeros(p, b).size();
+  std::partial_sum(window_.begin(), window_.end(), window_.begin());
   segment_row_.resize(segment_row_.size() + kLookAhead);
   segment_value_.resize(segment_value_.size() + kLookAhead);
   offset_.push_back(0);

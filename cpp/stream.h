@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "range.h"
 
 namespace sparseprop {
 
@@ -43,7 +44,12 @@ class Stream {
   int64_t nnz() const { return nnz_; }
   int64_t panel_row(int64_t block) const { return block * block_rows_; }
   BlockStream block(int64_t part, int64_t block) const;
-  int64_t first_nonzero(int64_t part, int64_t block) const { return index_[part * n_blocks_ + block].nonzero; }
+  Range nonzeros(int64_t part, int64_t block) const {
+    const Index* i = &index_[part * n_blocks_ + block];
+    return {i[0].nonzero, i[1].nonzero};
+  }
+  // Of a transposed stream: where the values of a block's rows are in the canonical array.
+  Range window(int64_t block) const { return {window_[block], window_[block + 1]}; }
   // Stream position -> canonical position; empty for a stream over canonical values.
   const std::vector<uint32_t>& permutation() const { return permutation_; }
   int64_t storage_bytes() const;
@@ -60,7 +66,8 @@ class Stream {
 
   int64_t block_rows_, n_blocks_, max_part_rows_ = 0, nnz_ = 0;
   std::vector<Part> parts_;
-  std::vector<Index> index_;
+  std::vector<Index> index_;  // one more than there are blocks of parts
+  std::vector<int64_t> window_;
   std::vector<Run> runs_;
   std::vector<uint32_t> segment_row_, segment_value_;
   std::vector<uint16_t> offset_;

@@ -10,15 +10,9 @@
 #include <new>
 #include <vector>
 
+#include "range.h"
+
 namespace sparseprop {
-
-struct Range {
-  int64_t begin, end;
-
-  int64_t size() const { return end - begin; }
-};
-
-inline Range share(int64_t total, int64_t pieces, int64_t i) { return {total * i / pieces, total * (i + 1) / pieces}; }
 
 // Chunks times parts. A chunk has a cost of its own for each thread that works on it (packing its panel).
 struct Rectangle {

@@ -140,11 +140,6 @@ struct Sums {
       sums[r] += total;
     }
   }
-
-  // Hardware gathers: no gain over scalar loads on Cascade Lake, both wait for L2.
-  static void gather(S* dst, const S* src, const uint32_t* index, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; ++i) dst[i] = src[index[i]];
-  }
 };
 
 }  // namespace sparseprop

@@ -28,7 +28,6 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
            &backward_tile<V, 7 * group>, &backward_tile<V, 8 * group>},
           &Sums<V>::zero,
           &Sums<V>::rows,
-          &Sums<V>::gather,
           {&Move<V, S, S>::copy, &Move<V, S, S>::transpose, &Move<V, S, S>::planes},
           norm_kernels<Norm<V, true>, S>(),
           norm_kernels<Norm<V, false>, S>(),
