@@ -64,9 +64,8 @@ class Packer {
   // One channel after the other: long reads, each row's pages once. Returns the positions done.
   int64_t whole_tiles(const RunOfData& run) const {
     const int64_t tiles = run.count / shape_.tile;
-    for (int64_t c = 0; tiles > 0 && c < channels_; ++c)
-      move_.copy(panel_ + c * shape_.row_pitch + shape_.at(run.column), {shape_.tile_pitch, 1},
-                 tensor_ + run.element + c * cs_, {shape_.tile * run.step, run.step}, tiles, shape_.tile);
+    move_.planes(panel_ + shape_.at(run.column), {shape_.row_pitch, shape_.tile_pitch, 1}, tensor_ + run.element,
+                 {cs_, shape_.tile * run.step, run.step}, {channels_, tiles, shape_.tile, 0});
     return tiles * shape_.tile;
   }
 

@@ -5,88 +5,108 @@
 
 namespace sparseprop {
 
+// What to ask the memory for while an element is moved: as far from it, on either side, as it comes next.
+struct Ahead {
+  ptrdiff_t src, dst;
+};
+
 template <class V, class In, class Out>
 struct Move {
   static void copy(Out* dst, Layout2 to, const In* src, Layout2 from, ptrdiff_t rows, ptrdiff_t cols) {
+    const ptrdiff_t step = rows_ahead(cols);
     for (ptrdiff_t r = 0; r < rows; ++r, dst += to.pitch, src += from.pitch) {
-      if (from.stride == 1 && to.stride == 1) {
-        // Rows lie pages apart: the hardware prefetcher starts anew on each, so ask for the row after next.
-        if (r + 2 < rows)
-          for (ptrdiff_t i = 0; i < cols; i += 64 / static_cast<ptrdiff_t>(sizeof(In))) {
-            __builtin_prefetch(src + 2 * from.pitch + i);
-            __builtin_prefetch(dst + 2 * to.pitch + i, 1);
-          }
-        contiguous(dst, src, cols);
-      } else if (from.stride == 2 && to.stride == 1) {
-        every_other(dst, src, cols);
-      } else {
-        for (ptrdiff_t i = 0; i < cols; ++i) dst[i * to.stride] = To<Out>::from(src[i * from.stride]);
-      }
+      const ptrdiff_t ahead = r + step < rows ? step : 0;
+      line(dst, to.stride, src, from.stride, cols, {ahead * from.pitch, ahead * to.pitch});
     }
   }
 
   static void planes(Out* dst, Layout3 to, const In* src, Layout3 from, Extent3 extent) {
+    const ptrdiff_t step = rows_ahead(extent.rows * extent.cols);
     for (ptrdiff_t p = 0; p < extent.planes; ++p, dst += to.plane, src += from.plane) {
-      if (p + 2 < extent.planes) {
-        ask<0>(src + 2 * from.plane, from, extent);
-        ask<1>(dst + 2 * to.plane, to, extent);
-      }
+      const ptrdiff_t planes = p + step < extent.planes ? step : 0;
+      const Ahead ahead = {planes * from.plane, planes * to.plane};
+      if (to.stride != 1 && p + 2 < extent.planes) ask_plane(dst + 2 * to.plane, to, extent);
       for (ptrdiff_t r = 0; r < extent.rows; ++r) {
         Out* d = dst + r * to.pitch;
-        const In* s = src + r * from.pitch;
-        const ptrdiff_t n = extent.cols, zeros = r + 1 < extent.rows ? extent.zeros : 0;
-        if (from.stride == 1 && to.stride == 1) {
-          contiguous(d, s, n, zeros);
-          continue;
-        }
-        if (from.stride == 2 && to.stride == 1) {
-          every_other(d, s, n);
-        } else {
-          for (ptrdiff_t i = 0; i < n; ++i) d[i * to.stride] = To<Out>::from(s[i * from.stride]);
-        }
-        if (zeros > 0) finish(V::zero(), d + n, 0, zeros);
+        line(d, to.stride, src + r * from.pitch, from.stride, extent.cols, ahead, r + 1 < extent.rows ? extent.zeros : 0);
       }
     }
   }
 
+  // Along the rows of whichever side is spread over more pages.
   static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
                         ptrdiff_t cols) {
     constexpr ptrdiff_t w = V::width;
     const ptrdiff_t whole_rows = rows / w * w, whole_cols = cols / w * w;
-    // Along the rows of whichever side is spread over more pages, which the hardware prefetcher does not see coming:
-    // the next strip is asked for by hand (1 MB from memory: 189 -> 132 us in, 386 -> 340 us out; from cache +5 us).
     if (dst_pitch > src_pitch) {
-      for (ptrdiff_t j = 0; j < whole_cols; j += w)
-        for (ptrdiff_t i = 0; i < whole_rows; i += w) {
-          if (j + 2 * w <= whole_cols)
-            for (ptrdiff_t k = 0; k < w; ++k) __builtin_prefetch(dst + (j + w + k) * dst_pitch + i, 1);
-          block(dst, dst_pitch, src, src_pitch, i, j);
-        }
+      for_blocks(whole_cols, whole_rows, [=](ptrdiff_t j, ptrdiff_t i) __attribute__((always_inline)) {
+        block(dst, dst_pitch, src, src_pitch, i, j);
+      }, [=](ptrdiff_t j, ptrdiff_t i) __attribute__((always_inline)) { __builtin_prefetch(dst + j * dst_pitch + i, 1); });
     } else {
-      for (ptrdiff_t i = 0; i < whole_rows; i += w)
-        for (ptrdiff_t j = 0; j < whole_cols; j += w) {
-          if (i + 2 * w <= whole_rows)
-            for (ptrdiff_t k = 0; k < w; ++k) __builtin_prefetch(src + (i + w + k) * src_pitch + j);
-          block(dst, dst_pitch, src, src_pitch, i, j);
-        }
+      for_blocks(whole_rows, whole_cols, [=](ptrdiff_t i, ptrdiff_t j) __attribute__((always_inline)) {
+        block(dst, dst_pitch, src, src_pitch, i, j);
+      }, [=](ptrdiff_t i, ptrdiff_t j) __attribute__((always_inline)) { __builtin_prefetch(src + i * src_pitch + j); });
     }
     corner(dst + whole_cols * dst_pitch, dst_pitch, src + whole_cols, src_pitch, whole_rows, cols - whole_cols);
     corner(dst + whole_rows, dst_pitch, src + whole_rows * src_pitch, src_pitch, rows - whole_rows, cols);
   }
 
  private:
-  // Rows of a plane lie side by side, planes pages apart, where the hardware prefetcher starts anew. Inlined by force:
-  // gcc takes a function that does nothing but prefetch for one without effect, and drops the call.
-  template <int write, class T>
-  static inline __attribute__((always_inline)) void ask(const T* plane, Layout3 layout, Extent3 extent) {
-    const ptrdiff_t length = (extent.rows - 1) * layout.pitch + extent.cols * layout.stride;
-    for (ptrdiff_t i = 0; i < length; i += 64 / static_cast<ptrdiff_t>(sizeof(T))) __builtin_prefetch(plane + i, write);
+  template <class T>
+  static constexpr ptrdiff_t kLine = 64 / static_cast<ptrdiff_t>(sizeof(T));
+
+  // Rows lie pages apart, and the hardware prefetcher starts anew on each: the program asks for what comes a KiB later,
+  // line by line as it moves (packing from memory 12 % faster than a row asked for at a time, storing 4 %).
+  static ptrdiff_t rows_ahead(ptrdiff_t cols) {
+    const ptrdiff_t bytes = cols * static_cast<ptrdiff_t>(sizeof(In));
+    return 1 + 1024 / (bytes > 0 ? bytes : 1);
   }
 
-  static inline void contiguous(Out* dst, const In* src, ptrdiff_t n, ptrdiff_t zeros = 0) {
+  // Strips of blocks, each asked for two blocks early (from memory 10 to 30 % faster than a strip early, from cache 8).
+  template <class Block, class Ask>
+  static SPARSEPROP_INLINE void for_blocks(ptrdiff_t strips, ptrdiff_t length, Block&& block, Ask&& ask) {
+    constexpr ptrdiff_t w = V::width, early = 2 * w;
+    for (ptrdiff_t s = 0; s < strips; s += w)
+      for (ptrdiff_t at = 0; at < length; at += w) {
+        const bool here = at + early < length;
+        const ptrdiff_t strip = here ? s : s + w, next = here ? at + early : at + early - length;
+        if (strip < strips)
+          for (ptrdiff_t k = 0; k < w; ++k) ask(strip + k, next);
+        block(s, at);
+      }
+  }
+
+  static SPARSEPROP_INLINE void line(Out* dst, ptrdiff_t dst_stride, const In* src, ptrdiff_t src_stride, ptrdiff_t n,
+                                     Ahead ahead, ptrdiff_t zeros = 0) {
+    if (src_stride == 1 && dst_stride == 1) return contiguous(dst, src, n, ahead, zeros);
+    if (dst_stride != 1 || src_stride != 2) {
+      for (ptrdiff_t i = 0; i < n; ++i) dst[i * dst_stride] = To<Out>::from(src[i * src_stride]);
+    } else {
+      for (ptrdiff_t i = 0; i < 2 * n; i += kLine<In>) __builtin_prefetch(src + ahead.src + i);
+      every_other(dst, src, n);
+    }
+    if (zeros > 0) finish(V::zero(), dst + n, 0, zeros);
+  }
+
+  // The lines between its rows too: other phases of a strided layer come right after.
+  static SPARSEPROP_INLINE void ask_plane(const Out* plane, Layout3 layout, Extent3 extent) {
+    const ptrdiff_t length = (extent.rows - 1) * layout.pitch + extent.cols * layout.stride;
+    for (ptrdiff_t i = 0; i < length; i += kLine<Out>) __builtin_prefetch(plane + i, 1);
+  }
+
+  static SPARSEPROP_INLINE void ask(const Out* dst, const In* src, Ahead ahead) {
+    __builtin_prefetch(src + ahead.src);
+    __builtin_prefetch(dst + ahead.dst, 1);
+  }
+
+  static inline void contiguous(Out* dst, const In* src, ptrdiff_t n, Ahead ahead, ptrdiff_t zeros) {
     ptrdiff_t i = 0;
-    for (; i + V::width <= n; i += V::width) V::loadu(src + i).storeu(dst + i);
+    for (; i + V::width <= n; i += V::width) {
+      ask(dst + i, src + i, ahead);
+      V::loadu(src + i).storeu(dst + i);
+    }
     if (i < n) {
+      ask(dst + i, src + i, ahead);
       finish(V::load_some(src + i, n - i), dst + i, n - i, zeros);
     } else if (zeros > 0) {
       finish(V::zero(), dst + i, 0, zeros);
