@@ -2,6 +2,7 @@
 #pragma once
 #include "../kernels.h"
 #include "../simd/convert.h"
+#include "../simd/tile.h"
 
 namespace sparseprop {
 

@@ -18,7 +18,7 @@ struct Norm : private Lanes<V> {
     reduce(a, sum, squares, scratch, [&a](At at, ptrdiff_t len, ptrdiff_t c, auto add) __attribute__((always_inline)) {
       const Param mean(a.mean + c);
       columns(len, [&](ptrdiff_t i, ptrdiff_t count) __attribute__((always_inline)) {
-        const V d = V::keep_some(subtract(get(a.x + at.x + i, count), mean(i, count)), count);
+        const V d = V::keep_some(subtract(take(a.x, at.x, i, count), mean(i, count)), count);
         add(i, count, d, d, d);
       });
     });
@@ -39,8 +39,8 @@ struct Norm : private Lanes<V> {
       const Param mean(a.mean + c);
       const Gate gate(a, c);
       columns(len, [&](ptrdiff_t i, ptrdiff_t count) __attribute__((always_inline)) {
-        const V x = get(a.x + at.x + i, count), g = gate(at.all + i, i, x, count);
-        if (a.masked) put(g, a.masked + at.all + i, count);
+        const V x = take(a.x, at.x, i, count), g = gate(at.all, i, x, count);
+        if (a.masked) give(g, a.masked, at.all, i, count);
         add(i, count, g, g, subtract(x, mean(i, count)));
       });
     });
@@ -52,6 +52,25 @@ struct Norm : private Lanes<V> {
   }
 
  private:
+  // Where a run begins in an array, and how far behind it lies what is to be asked for meanwhile: the same channel in a
+  // later image, as the hardware prefetcher starts anew on each plane (5 % of sums, 10 % of the others).
+  struct Place {
+    ptrdiff_t run, ahead;
+  };
+  // In x, in out, and in all else.
+  struct At {
+    Place x, out, all;
+  };
+
+  static SPARSEPROP_INLINE V take(const S* array, Place at, ptrdiff_t i, ptrdiff_t count) {
+    if (Planes) __builtin_prefetch(array + at.run + i + at.ahead);
+    return get(array + at.run + i, count);
+  }
+  static SPARSEPROP_INLINE void give(V v, S* array, Place at, ptrdiff_t i, ptrdiff_t count) {
+    if (Planes) __builtin_prefetch(array + at.run + i + at.ahead, 1);
+    put(v, array + at.run + i, count);
+  }
+
   // A number per channel: one for a run of a plane, one for each element of a row.
   struct Param {
     const S* p;
@@ -67,10 +86,10 @@ struct Norm : private Lanes<V> {
     Param scale, shift;
     V cap;
     Gate(const NormArgs<S>& a, ptrdiff_t c) : a(a), scale(a.scale + c), shift(a.shift + c), cap(V::broadcast(a.cap)) {}
-    V operator()(ptrdiff_t at, ptrdiff_t i, V x, ptrdiff_t count) const {
-      const V g = get(a.grad + at, count);
+    V operator()(Place at, ptrdiff_t i, V x, ptrdiff_t count) const {
+      const V g = take(a.grad, at, i, count);
       if (!(a.cap > S(0))) return g;
-      const V y = a.other ? get(a.other + at, count) : V::fma(x, scale(i, count), shift(i, count));
+      const V y = a.other ? take(a.other, at, i, count) : V::fma(x, scale(i, count), shift(i, count));
       return V::where_positive(subtract(cap, y), V::where_positive(y, g));
     }
   };
@@ -82,10 +101,10 @@ struct Norm : private Lanes<V> {
       const Param scale(a.scale + c), shift(a.shift + c);
       const V cap = V::broadcast(a.cap);
       columns(len, [&](ptrdiff_t i, ptrdiff_t count) __attribute__((always_inline)) {
-        V y = V::fma(get(a.x + at.x + i, count), scale(i, count), shift(i, count));
-        if (Residual) y = V::add(y, get(a.other + at.all + i, count));
+        V y = V::fma(take(a.x, at.x, i, count), scale(i, count), shift(i, count));
+        if (Residual) y = V::add(y, take(a.other, at.all, i, count));
         if (Relu) y = V::min(cap, V::relu(y));
-        put(y, a.out + at.out + i, count);
+        give(y, a.out, at.out, i, count);
       });
     });
   }
@@ -97,31 +116,28 @@ struct Norm : private Lanes<V> {
       const Gate gate(a, c);
       const Param scale(a.scale_grad + c), mean(a.mean + c), slope((Training ? a.slope : a.mean) + c), offset(a.offset + c);
       columns(len, [&](ptrdiff_t i, ptrdiff_t count) __attribute__((always_inline)) {
-        const V x = get(a.x + at.x + i, count);
-        const V g = a.masked ? get(a.masked + at.all + i, count) : gate(at.all + i, i, x, count);
-        if (!Training) return put(V::mul(g, scale(i, count)), a.out + at.out + i, count);
+        const V x = take(a.x, at.x, i, count);
+        const V g = a.masked ? take(a.masked, at.all, i, count) : gate(at.all, i, x, count);
+        if (!Training) return give(V::mul(g, scale(i, count)), a.out, at.out, i, count);
         const V centred = subtract(x, mean(i, count));
         const V y = V::fma(centred, slope(i, count), offset(i, count));
-        put(V::fma(g, scale(i, count), y), a.out + at.out + i, count);
+        give(V::fma(g, scale(i, count), y), a.out, at.out, i, count);
       });
     });
   }
 
-  // Where a run begins in x, in out, and in all else.
-  struct At {
-    ptrdiff_t x, out, all;
-  };
-
   // visit(where a run begins, its length, its first channel)
   template <class Visit>
   static inline __attribute__((always_inline)) void runs(const NormArgs<S>& a, ptrdiff_t begin, ptrdiff_t end, Visit visit) {
+    const ptrdiff_t early = 1 + 1024 / (a.channels * a.n * static_cast<ptrdiff_t>(sizeof(S)) + 1);
     for (ptrdiff_t r = begin; r < end; ++r) {
-      At at{r * a.x_pitch, r * a.out_pitch, r * a.pitch};
+      const ptrdiff_t ahead = r + early < a.rows ? early : 0;
+      At at{{r * a.x_pitch, ahead * a.x_pitch}, {r * a.out_pitch, ahead * a.out_pitch}, {r * a.pitch, ahead * a.pitch}};
       if (!Planes) {
         visit(at, a.channels, 0);
         continue;
       }
-      for (ptrdiff_t c = 0; c < a.channels; ++c, at.x += a.n, at.out += a.n, at.all += a.n) visit(at, a.n, c);
+      for (ptrdiff_t c = 0; c < a.channels; ++c, at.x.run += a.n, at.out.run += a.n, at.all.run += a.n) visit(at, a.n, c);
     }
   }
 
