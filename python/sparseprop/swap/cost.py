@@ -33,18 +33,17 @@ class Constants:
 
 
 # Two cores of a 2.5 GHz Cascade Lake Xeon (AVX-512), float32, two threads. Fitted to the logarithm of the
-# speed-ups of the short benchmark: plans are right on 120 of 126, all of 90 % and more among them; where one
-# is wrong the two differ by 1 to 31 %.
-_CONV = (196.0, 24.7, 1.61, 1.39, 1.99, 150.0, 165.0)
+# speed-ups of the short benchmark, run three times, and of four layers of 64 to 256 features.
+_CONV = (138.0, 28.7, 2.51, 1.82, 2.04, 150.0, 171.0)
 CONSTANTS = {
-    "Linear": Constants(194.0, 24.7, 2.07, 1.78, 1.78, 146.0, 155.0, 256),
+    "Linear": Constants(136.0, 28.7, 1.41, 2.09, 2.09, 146.0, 173.0, 256),
     "Conv1d": Constants(*_CONV, 16 * 256),
     "Conv2d": Constants(*_CONV, 16 * 14 * 14),
     "Conv3d": Constants(*_CONV, 4 * 8 * 14 * 14),
 }
 # Nanoseconds on both cores: per non-zero and call (reordering values and their gradients), per non-zero and
 # tile (index, value, dot product), and per 16 columns of it.
-_CALL_NS, _TILE_NS, _LANES_NS, _TILE, _LANES = 0.83, 0.76, 0.85, 128, 16
+_CALL_NS, _TILE_NS, _LANES_NS, _TILE, _LANES = 0.69, 0.64, 1.15, 128, 16
 _DENSE_BLOCK = 8  # channels that dense convolutions work on at once: 3 of them cost as much as 8
 _TINY = 4096
 
