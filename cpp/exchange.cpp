@@ -7,8 +7,8 @@
 namespace sparseprop {
 namespace {
 
-constexpr int64_t kSerial = 1 << 15;    // fewer non-zeros are not worth starting threads
-constexpr int64_t kTasks = 8;           // at least, of a parallel exchange
+constexpr int64_t kSerial = 1 << 15;           // fewer non-zeros are not worth starting threads
+constexpr int64_t kTasks = 8;                  // at least, where there are as many parts
 constexpr size_t kWindow = size_t{256} << 10;  // bytes of canonical values that stay in L2 meanwhile
 
 // A block's non-zeros are one window of the canonical array in random order. Its parts are visited one after the other,
@@ -18,7 +18,7 @@ constexpr size_t kWindow = size_t{256} << 10;  // bytes of canonical values that
 template <int write, class S, class Task>
 void for_windows(const S* canonical, const Stream& stream, bool parallel, Task task) {
   const int64_t blocks = stream.blocks(), parts = static_cast<int64_t>(stream.parts().size());
-  const int64_t cuts = std::clamp<int64_t>(kTasks / blocks, 1, parts);
+  const int64_t cuts = std::max<int64_t>(1, std::min(kTasks / blocks, parts));
   run_each(blocks * cuts, parallel && stream.nnz() >= kSerial, [&](int64_t i) {
     const int64_t block = i / cuts;
     const Range window = stream.window(block), range = share(parts, cuts, i % cuts);
