@@ -31,7 +31,7 @@ void for_windows(const S* canonical, const Stream& stream, bool parallel, Task t
   });
 }
 
-// `fixed` is `splits`, known at compile time, or 0.
+// `fixed` is `splits`, known at compile time, or 0: many splits have many columns, beside which an exchange is short.
 template <int fixed, class S>
 void scatter(S* out, const uint32_t* permutation, const S* dots, int64_t splits, int64_t nnz, Range range) {
   const int64_t n = fixed > 0 ? fixed : splits;
@@ -60,7 +60,6 @@ void scatter_sums(S* out, const S* dots, int64_t splits, const Stream& stream, b
     switch (splits) {
       case 1: return scatter<1>(out, permutation, dots, splits, nnz, range);
       case 2: return scatter<2>(out, permutation, dots, splits, nnz, range);
-      case 4: return scatter<4>(out, permutation, dots, splits, nnz, range);
       default: return scatter<0>(out, permutation, dots, splits, nnz, range);
     }
   });

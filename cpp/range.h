@@ -1,3 +1,4 @@
+// Half-open ranges, and even shares of one.
 #pragma once
 #include <cstdint>
 

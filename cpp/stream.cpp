@@ -93,7 +93,7 @@ BlockStream Stream::block(int64_t part, int64_t block) const {
 int64_t Stream::storage_bytes() const {
   return static_cast<int64_t>(runs_.size() * sizeof(Run) + index_.size() * sizeof(Index) +
                               (segment_row_.size() + segment_value_.size() + permutation_.size()) * 4 +
-                              offset_.size() * 2);
+                              offset_.size() * 2 + window_.size() * 8);
 }
 
 }  // namespace sparseprop

@@ -181,8 +181,8 @@ def test_without_example_the_cost_model_decides():
     [
         (Facts("Linear", 1024, 1024), (0.4, 0.6)),
         (Facts("Linear", 64, 256), (0.3, 0.9)),
-        (Facts("Conv2d", 256, 256 * 9, 1, (3, 3), (1, 1)), (0.3, 0.65)),
-        (Facts("Conv2d", 256, 1024, 1, (1, 1), (1, 1)), (0.3, 0.65)),
+        (Facts("Conv2d", 256, 256 * 9, 1, (3, 3), (1, 1)), (0.4, 0.65)),
+        (Facts("Conv2d", 256, 1024, 1, (1, 1), (1, 1)), (0.35, 0.55)),
     ],
 )
 def test_estimates_cross_over_where_expected_and_never_turn_back(layer, wins_from):

@@ -1,6 +1,7 @@
 // Batch norm with what follows it (a residual addition, ReLU) in as few passes over memory as there can be.
 // Planes: runs of n elements of one channel, several channels one after the other. Rows: element i is channel i.
 #pragma once
+#include "ahead.inl"
 #include "lanes.inl"
 
 namespace sparseprop {
@@ -129,7 +130,7 @@ struct Norm : private Lanes<V> {
   // visit(where a run begins, its length, its first channel)
   template <class Visit>
   static inline __attribute__((always_inline)) void runs(const NormArgs<S>& a, ptrdiff_t begin, ptrdiff_t end, Visit visit) {
-    const ptrdiff_t early = 1 + 1024 / (a.channels * a.n * static_cast<ptrdiff_t>(sizeof(S)) + 1);
+    const ptrdiff_t early = runs_ahead(a.channels * a.n * static_cast<ptrdiff_t>(sizeof(S)));
     for (ptrdiff_t r = begin; r < end; ++r) {
       const ptrdiff_t ahead = r + early < a.rows ? early : 0;
       At at{{r * a.x_pitch, ahead * a.x_pitch}, {r * a.out_pitch, ahead * a.out_pitch}, {r * a.pitch, ahead * a.pitch}};
