@@ -6,6 +6,8 @@
 // planes of all images (no difference); small planes one by one in training (no difference in MobileNetV2's step).
 #include "chain.h"
 
+#include <limits>
+
 #include "depthwise.h"
 #include "norm_tasks.h"
 #include "run.h"
@@ -27,6 +29,11 @@ struct Side {
   template <class Call>
   void affine(const Call& call, int64_t c) { per.affine(c, call.gamma, call.beta, call.mean[c], call.inv_std[c]); }
 
+  ChannelFinish<S> finish(int64_t c) const {
+    constexpr S most = std::numeric_limits<S>::infinity();
+    const S cap = static_cast<S>(shape.cap);
+    return {per.scale[c], per.shift[c], cap > S(0) ? S(0) : -most, cap > S(0) ? cap : most};
+  }
   // One plane of channel c, at x, as rows of `width`.
   NormArgs<S> plane(int64_t c, const S* x, int64_t width, PlaneRows<S> out) const {
     NormArgs<S> a{};
@@ -58,9 +65,10 @@ struct Side {
 template <class S>
 class Task {
  public:
-  Task(const ChainShape& shape, Side<S>& before, Side<S>& behind, int64_t first, int64_t channels, const S* x, bool normed)
+  Task(const ChainShape& shape, Side<S>& before, Side<S>& behind, DepthwisePlane<S>& convolution, int64_t first,
+       int64_t channels, const S* x, bool normed)
       : windows_(shape.windows), before_(before), behind_(behind), first_(first), channels_(channels),
-        taps_(shape.windows.taps()), x_(x), normed_(normed), convolution_(shape.windows),
+        taps_(shape.windows.taps()), x_(x), normed_(normed), convolution_(convolution),
         scratch_(table<S>().planes.scratch_per_channel * channels) {}
 
  protected:
@@ -75,7 +83,8 @@ class Task {
   void load(int64_t image, int64_t c) {
     const S* const x = x_ + before_.at(image, c);
     const PlaneRows<S> to = convolution_.input();
-    if (normed_) return table<S>().planes.apply(before_.plane(c, x, windows_.in[1], to));
+    const int64_t ahead = image + 1 < images() ? before_.at(1, 0) : 0;
+    if (normed_) return table<S>().pad_plane({x, windows_.in[0], windows_.in[1], ahead, to.data, to.pitch, before_.finish(c)});
     table<S>().move.copy(to.data, {to.pitch, 1}, x, {windows_.in[1], 1}, windows_.in[0], windows_.in[1]);
   }
 
@@ -84,7 +93,7 @@ class Task {
   const int64_t first_, channels_, taps_;
   const S* const x_;
   const bool normed_;
-  DepthwisePlane<S> convolution_;
+  DepthwisePlane<S>& convolution_;
   std::vector<S> scratch_;
 };
 
@@ -95,12 +104,16 @@ class ForwardTask : Task<S> {
 
   void run(const ChainForward<S>& call) {
     if (call.first) statistics(this->before_, *call.first, this->x_);
+    const bool known = !call.second->training;  // then each plane is finished on its way into memory
+    if (known) statistics(this->behind_, *call.second, call.out);
     for (int64_t image = 0; image < this->images(); ++image) {
       this->channels([&](int64_t c) {
+        const ChannelFinish<S> finish = this->behind_.finish(c);
         this->load(image, c);
-        this->convolution_.forward(call.weights + c * this->taps_, call.out + this->behind_.at(image, c));
+        this->convolution_.forward(call.weights + c * this->taps_, call.out + this->behind_.at(image, c), known ? &finish : nullptr);
       });
     }
+    if (known) return;
     statistics(this->behind_, *call.second, call.out);
     S* const out = call.out + this->behind_.at(0, this->first_);
     NormArgs<S> a = this->behind_.planes(this->first_, this->channels_, this->images(), out);
@@ -154,7 +167,7 @@ class BackwardTask : Task<S> {
     a.mean = call.second->mean + this->first_;
     this->channels([&](int64_t c) {
       this->load(image, c);
-      this->convolution_.forward(call.weights + c * this->taps_, convolved);
+      this->convolution_.forward(call.weights + c * this->taps_, convolved, nullptr);
       convolved += this->behind_.shape.inner;
     });
     add(a, sums);
@@ -197,14 +210,16 @@ class BackwardTask : Task<S> {
   }
 };
 
-// task(first channel, how many, scratch of `per_channel` elements for each)
+// task(first channel, how many, the thread's convolution, its scratch of `per_channel` elements for each)
 template <class S, class Run>
-void run_channels(const ChainShape& shape, int64_t per_channel, Run task) {
+void run_channels(const ChainShape& shape, bool backward, int64_t per_channel, Run task) {
   const int64_t group = std::max<int64_t>(1, kRun / shape.windows.in_size());
   const bool parallel = shape.images * shape.channels * shape.windows.in_size() > kSerial;
   run_list(ceil_div(shape.channels, group), parallel, [&] {
     S* scratch = static_cast<S*>(scratch_of(static_cast<size_t>(group * per_channel) * sizeof(S) + 64));
-    return [&, scratch](int64_t i) { task(i * group, std::min(group, shape.channels - i * group), scratch); };
+    return [&, scratch, convolution = DepthwisePlane<S>(shape.windows, backward)](int64_t i) mutable {
+      task(i * group, std::min(group, shape.channels - i * group), convolution, scratch);
+    };
   });
 }
 
@@ -215,8 +230,8 @@ void chain_forward(const ChainShape& shape, const ChainForward<S>& call) {
   const Windows& w = shape.windows;
   Side<S> before(shape.images, shape.channels, w.in_size(), call.first_cap, call.first && call.first->training);
   Side<S> behind(shape.images, shape.channels, w.out_size(), call.second_cap, call.second->training);
-  run_channels<S>(shape, 0, [&](int64_t first, int64_t channels, S*) {
-    ForwardTask<S>(shape, before, behind, first, channels, call.x, call.first).run(call);
+  run_channels<S>(shape, false, 0, [&](int64_t first, int64_t channels, DepthwisePlane<S>& convolution, S*) {
+    ForwardTask<S>(shape, before, behind, convolution, first, channels, call.x, call.first).run(call);
   });
 }
 
@@ -229,8 +244,9 @@ void chain_backward(const ChainShape& shape, const ChainBackward<S>& call) {
     if (call.first) before.affine(*call.first, c);
     behind.affine(*call.second, c);
   }
-  run_channels<S>(shape, shape.images * w.out_size(), [&](int64_t first, int64_t channels, S* convolved) {
-    BackwardTask<S>(shape, before, behind, first, channels, call.x, call.first).run(call, convolved);
+  const int64_t outputs = shape.images * w.out_size();
+  run_channels<S>(shape, true, outputs, [&](int64_t first, int64_t channels, DepthwisePlane<S>& convolution, S* convolved) {
+    BackwardTask<S>(shape, before, behind, convolution, first, channels, call.x, call.first).run(call, convolved);
   });
 }
 

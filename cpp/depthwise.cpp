@@ -18,20 +18,20 @@ DepthwisePlane<S>::Padded::Padded(int64_t rows, int64_t columns, int64_t top, in
 }
 
 template <class S>
-DepthwisePlane<S>::DepthwisePlane(const Windows& w)
+DepthwisePlane<S>::DepthwisePlane(const Windows& w, bool backward)
     : windows_(w),
       spreads_(w.stride[0] > 1 || w.stride[1] > 1),
       padded_(w.in[0] + 2 * w.padding[0], w.in[1] + 2 * w.padding[1], w.padding[0], w.padding[1]),
-      spread_(std::max(w.in[0] + w.padding[0], (w.out[0] - 1) * w.stride[0] + 1) + w.kernel[0] - 1,
+      spread_(backward ? std::max(w.in[0] + w.padding[0], (w.out[0] - 1) * w.stride[0] + 1) + w.kernel[0] - 1 : 0,
               std::max(w.in[1] + w.padding[1], (w.out[1] - 1) * w.stride[1] + 1) + w.kernel[1] - 1, w.kernel[0] - 1, w.kernel[1] - 1),
-      grad_(spreads_ ? w.out_size() : 0),
+      grad_(backward && spreads_ ? w.out_size() : 0),
       flipped_(w.taps()) {}
 
 template <class S>
-void DepthwisePlane<S>::forward(const S* weights, S* out) const {
+void DepthwisePlane<S>::forward(const S* weights, S* out, const ChannelFinish<S>* finish) const {
   const Windows& w = windows_;
   kernels_of<S>(active_kernels()).depthwise({padded_.begin, padded_.pitch, w.kernel[0], w.kernel[1], w.stride[0], w.stride[1],
-                                             weights, out, w.out[1], w.out[0], w.out[1], nullptr});
+                                             weights, out, w.out[1], w.out[0], w.out[1], nullptr, finish});
 }
 
 template <class S>
@@ -39,7 +39,7 @@ void DepthwisePlane<S>::grad_weight(double* sums) {
   const Windows& w = windows_;
   kernels_of<S>(active_kernels()).depthwise_grad_weight({padded_.begin, padded_.pitch, w.kernel[0], w.kernel[1], w.stride[0],
                                                          w.stride[1], nullptr, grad().data, grad().pitch, w.out[0],
-                                                         w.out[1], sums});
+                                                         w.out[1], sums, nullptr});
 }
 
 template <class S>
@@ -51,7 +51,7 @@ void DepthwisePlane<S>::grad_input(const S* weights, S* grad_plane) {
   }
   std::reverse_copy(weights, weights + w.taps(), flipped_.begin());
   kernels.depthwise({spread_.begin + w.padding[0] * spread_.pitch + w.padding[1], spread_.pitch, w.kernel[0], w.kernel[1], 1, 1,
-                     flipped_.data(), grad_plane, w.in[1], w.in[0], w.in[1], nullptr});
+                     flipped_.data(), grad_plane, w.in[1], w.in[0], w.in[1], nullptr, nullptr});
 }
 
 template class DepthwisePlane<float>;

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "kernels.h"
 #include "windows.h"
 
 namespace sparseprop {
@@ -13,16 +14,18 @@ struct PlaneRows {
   int64_t pitch;
 };
 
-// One thread's work. The caller writes a plane to `input()`, a gradient to `grad()`; both stay as they are until the next.
+// One thread's work, for as many planes as it likes: making one clears its padding. The caller writes a plane to `input()`,
+// a gradient to `grad()`; both stay as they are until the next. Without `backward` there is no room for gradients.
 template <class S>
 class DepthwisePlane {
  public:
-  explicit DepthwisePlane(const Windows& windows);
+  DepthwisePlane(const Windows& windows, bool backward);
 
   PlaneRows<S> input() { return {padded_.first, padded_.pitch}; }
   PlaneRows<S> grad() { return spreads_ ? PlaneRows<S>{grad_.data(), windows_.out[1]} : PlaneRows<S>{spread_.first, spread_.pitch}; }
 
-  void forward(const S* weights, S* out) const;
+  // `finish` of the outputs, or null.
+  void forward(const S* weights, S* out, const ChannelFinish<S>* finish) const;
   void grad_weight(double* sums);  // adds one number per tap
   void grad_input(const S* weights, S* grad_plane);
 
@@ -30,6 +33,7 @@ class DepthwisePlane {
   // A plane in zeros; rows begin at cache lines, `first` is where the plane's data begin.
   struct Padded {
     Padded(int64_t rows, int64_t columns, int64_t top, int64_t left);
+    Padded(Padded&&) = default;  // not copied: the pointers are into the storage
     std::vector<S> storage;
     int64_t pitch;
     S *begin, *first;

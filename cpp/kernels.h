@@ -127,6 +127,23 @@ struct PoolRow {
   uint8_t* at;
 };
 
+// What follows each element of a channel: x * scale + shift, then no less than `low` and no more than `cap`.
+template <class S>
+struct ChannelFinish {
+  S scale, shift, low, cap;
+};
+
+// A plane on its way into its padding: to[r * pitch + i] = finish(x[r * columns + i]). What lies `ahead` elements behind x
+// is wanted next.
+template <class S>
+struct PaddingArgs {
+  const S* x;
+  ptrdiff_t rows, columns, ahead;
+  S* to;
+  ptrdiff_t pitch;
+  ChannelFinish<S> finish;
+};
+
 // Depthwise convolution of a plane padded with zeros, which may be read as far as a whole vector of outputs needs; or the
 // gradient of its weights: the sums over `out`, which then holds the gradient and is only read.
 template <class S>
@@ -137,6 +154,7 @@ struct DepthwiseArgs {
   S* out;  // `rows` of n adjacent elements
   ptrdiff_t out_pitch, rows, n;
   double* sums;
+  const ChannelFinish<S>* finish;  // of the outputs, or null
 };
 
 // Dense product: c[r * c_pitch + j] = (or +=) sum over k < depth of A(r, k) * b[k * b_pitch + j], where A(r, k) is
@@ -190,6 +208,7 @@ struct KernelsOf {
   Movers<S, S> move;
   NormKernels<S> planes, rows;
   void (*max_pool_row)(const PoolRow<S>&);
+  void (*pad_plane)(const PaddingArgs<S>&);
   void (*depthwise)(const DepthwiseArgs<S>&);
   void (*depthwise_grad_weight)(const DepthwiseArgs<S>&);
 };

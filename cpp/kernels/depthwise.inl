@@ -12,14 +12,40 @@ struct Depthwise : private Lanes<V> {
   using S = typename V::scalar;
   static constexpr ptrdiff_t w = V::width;
 
+  // Fields are read one by one: a small plane takes no longer than the stall of a wide load of fields just stored.
+  static void pad(const PaddingArgs<S>& a) {
+    const Finish finish(a.finish);
+    const S* x = a.x;
+    S* to = a.to;
+    const ptrdiff_t columns = a.columns, pitch = a.pitch, ahead = a.ahead;
+    for (ptrdiff_t r = a.rows; r > 0; --r, x += columns, to += pitch) {
+      for (ptrdiff_t i = 0; i < columns; i += w) {
+        const ptrdiff_t count = columns - i < w ? columns - i : w;
+        __builtin_prefetch(x + i + ahead);
+        put(finish(get(x + i, count)), to + i, count);
+      }
+    }
+  }
   static void forward(const DepthwiseArgs<S>& a) {
-    pick(a, [&a](auto kernel, auto stride) { forward_as<kernel.value, stride.value>(a); });
+    pick(a, [&a](auto kernel, auto stride) {
+      a.finish ? forward_as<kernel.value, stride.value>(a, Finish(*a.finish)) : forward_as<kernel.value, stride.value>(a, Nothing{});
+    });
   }
   static void grad_weight(const DepthwiseArgs<S>& a) {
     pick(a, [&a](auto kernel, auto stride) { grad_weight_as<kernel.value, stride.value>(a); });
   }
 
  private:
+  struct Finish {
+    V scale, shift, low, cap;
+    explicit Finish(const ChannelFinish<S>& f)
+        : scale(V::broadcast(f.scale)), shift(V::broadcast(f.shift)), low(V::broadcast(f.low)), cap(V::broadcast(f.cap)) {}
+    V operator()(V x) const { return V::min(cap, V::max(low, V::fma(x, scale, shift))); }
+  };
+  struct Nothing {
+    V operator()(V x) const { return x; }
+  };
+
   template <int n>
   struct Is {
     static constexpr int value = n;
@@ -34,16 +60,16 @@ struct Depthwise : private Lanes<V> {
     run(Is<0>{}, Is<0>{});
   }
 
-  template <int kernel, int stride>
-  static void forward_as(const DepthwiseArgs<S>& args) {
+  template <int kernel, int stride, class Then>
+  static void forward_as(const DepthwiseArgs<S>& args, const Then then) {
     const DepthwiseArgs<S> a = args;  // a copy that no store can change
     if constexpr (kernel == 0) {
-      rows(a, [&a](const S* in, S* out, ptrdiff_t count) __attribute__((always_inline)) {
+      rows(a, [&](const S* in, S* out, ptrdiff_t count) __attribute__((always_inline)) {
         V sum = V::zero();
         const S* weight = a.weights;
         for (ptrdiff_t r = 0; r < a.kernel_rows; ++r, in += a.pitch)
           for (ptrdiff_t c = 0; c < a.kernel_columns; ++c) sum = V::fma(V::broadcast(*weight++), Lanes<V>::template every<stride>(in + c, a.stride), sum);
-        put(sum, out, count);
+        put(then(sum), out, count);
       });
     } else {
       V weight[kernel * kernel];
@@ -55,7 +81,7 @@ struct Depthwise : private Lanes<V> {
           for (int c = 1; c < kernel; ++c) sum[r] = V::fma(weight[r * kernel + c], Lanes<V>::template every<stride>(in + r * a.pitch + c, a.stride), sum[r]);
         }
         for (int r = 1; r < kernel; ++r) sum[0] = V::add(sum[0], sum[r]);
-        put(sum[0], out, count);
+        put(then(sum[0]), out, count);
       });
     }
   }

@@ -32,6 +32,7 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           norm_kernels<Norm<V, true>, S>(),
           norm_kernels<Norm<V, false>, S>(),
           &MaxPool<V>::row,
+          &Depthwise<V>::pad,
           &Depthwise<V>::forward,
           &Depthwise<V>::grad_weight};
 }

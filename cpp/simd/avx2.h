@@ -154,6 +154,7 @@ struct F64 {
   // NaN stays NaN, and lets gradients pass, as in torch.
   static F64 relu(F64 x) { return {_mm256_max_pd(_mm256_setzero_pd(), x.v)}; }
   static F64 min(F64 cap, F64 x) { return {_mm256_min_pd(cap.v, x.v)}; }
+  static F64 max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
   static F64 where_positive(F64 x, F64 g) {
     return {_mm256_and_pd(_mm256_cmp_pd(x.v, _mm256_setzero_pd(), _CMP_NLE_UQ), g.v)};
   }

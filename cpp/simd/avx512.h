@@ -148,6 +148,7 @@ struct F64 {
   // NaN stays NaN, and lets gradients pass, as in torch.
   static F64 relu(F64 x) { return {_mm512_max_pd(_mm512_setzero_pd(), x.v)}; }
   static F64 min(F64 cap, F64 x) { return {_mm512_min_pd(cap.v, x.v)}; }
+  static F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
   static F64 where_positive(F64 x, F64 g) {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, _mm512_setzero_pd(), _CMP_NLE_UQ), g.v)};
   }
