@@ -133,5 +133,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_gelu(m);
   m.def("available_isas", [] { return py::tuple(py::cast(available_isas())); });
   m.def("active_isa", [] { return std::string(active_kernels().name); });
+  m.def("made_by_amd", &made_by_amd);
   m.def("set_max_isa", &set_max_isa, py::arg("name"));
 }

@@ -56,6 +56,11 @@ std::vector<std::string> available_isas() {
 
 const Kernels& active_kernels() { return *current().load(std::memory_order_relaxed); }
 
+bool made_by_amd() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+}
+
 void set_max_isa(const std::string& name) { current().store(best_up_to(name)); }
 
 }  // namespace sparseprop

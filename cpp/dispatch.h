@@ -10,6 +10,7 @@ namespace sparseprop {
 std::vector<std::string> available_isas();   // slowest first
 const Kernels& active_kernels();
 void set_max_isa(const std::string& name);   // throws std::invalid_argument for an unknown name
+bool made_by_amd();                          // of the CPU: libraries choose other kernels there
 
 template <class S>
 const KernelsOf<S>& kernels_of(const Kernels& kernels) {
