@@ -80,7 +80,11 @@ def used_folder(folder: Path) -> None:
         (nothing, "finetune --sparsity 1.2", "sparsity must be between 0 and 1, such as 0.9; got 1.2"),
         (nothing, "plan small --sparsity 7", "sparsity must be between 0 and 1, such as 0.9; got 7.0"),
         (nothing, "plan small --batch-size 0", "batch size must be 1 or more; got 0"),
-        (nothing, "finetune --sparsity 0.1 --source none", "no layer of the model would become sparse"),
+        (
+            nothing,
+            "finetune --sparsity 0.1 --min-sparsity 0.5 --source none",
+            "no layer of the model would become sparse",
+        ),
         (nothing, "finetune --model no.safetensors", "there is no checkpoint no.safetensors"),
         (truncated_checkpoint, "finetune --model model.safetensors", "cannot be read"),
         (truncated_checkpoint, "inspect model.safetensors", "It must be a complete safetensors file"),

@@ -14,6 +14,7 @@ from sparseprop.swap import LayerPlan, SwapPlan
 from sparseprop.swap.cost import estimate, keep_dense_rule
 from sparseprop.swap.decide import survey
 from sparseprop.swap.kinds import Facts
+from sparseprop.swap.machines import AMD, INTEL
 from sparseprop.swap.planner import plan
 from swap_cases import (
     SKIPPED,
@@ -157,7 +158,8 @@ def test_a_weight_without_zeros_stays_dense():
     assert (entry.choice, entry.reason) == ("dense", "dense weight, no zeros")
 
 
-def test_without_example_the_cost_model_decides():
+def test_without_example_the_cost_model_decides(monkeypatch):
+    monkeypatch.setattr("sparseprop.swap.cost.this_machine", lambda: INTEL)
     model = nn.Sequential(
         sparsify(nn.Linear(256, 256), 0.9),
         sparsify(nn.Linear(256, 256), 0.2),
@@ -177,19 +179,31 @@ def test_without_example_the_cost_model_decides():
 
 
 @pytest.mark.parametrize(
-    ("layer", "wins_from"),
+    ("machine", "layer", "wins_from"),
     [
-        (Facts("Linear", 1024, 1024), (0.4, 0.6)),
-        (Facts("Linear", 64, 256), (0.3, 0.9)),
-        (Facts("Conv2d", 256, 256 * 9, 1, (3, 3), (1, 1)), (0.4, 0.65)),
-        (Facts("Conv2d", 256, 1024, 1, (1, 1), (1, 1)), (0.35, 0.55)),
+        (INTEL, Facts("Linear", 1024, 1024), (0.4, 0.6)),
+        (INTEL, Facts("Linear", 64, 256), (0.3, 0.9)),
+        (INTEL, Facts("Conv2d", 256, 256 * 9, 1, (3, 3), (1, 1)), (0.4, 0.65)),
+        (INTEL, Facts("Conv2d", 256, 1024, 1, (1, 1), (1, 1)), (0.35, 0.55)),
+        (AMD, Facts("Linear", 1024, 1024), (None, 0.1)),
+        (AMD, Facts("Linear", 64, 256), (None, 0.1)),
+        (AMD, Facts("Conv2d", 256, 256 * 9, 1, (3, 3), (1, 1)), (0.35, 0.55)),
+        (AMD, Facts("Conv2d", 256, 1024, 1, (1, 1), (1, 1)), (0.3, 0.5)),
     ],
 )
-def test_estimates_cross_over_where_expected_and_never_turn_back(layer, wins_from):
+def test_estimates_cross_over_where_expected_and_never_turn_back(machine, layer, wins_from):
     weights = layer.rows * layer.cols
     assert keep_dense_rule(layer) is None
-    times = [estimate(layer, nnz).sparse_ms for nnz in range(0, weights + 1, weights // 64)]
+    times = [estimate(layer, nnz, None, machine).sparse_ms for nnz in range(0, weights + 1, weights // 64)]
     assert times == sorted(times)
-    low, high = (estimate(layer, round((1 - sparsity) * weights)) for sparsity in wins_from)
-    assert low.sparse_ms > low.dense_ms
-    assert high.sparse_ms < high.dense_ms
+    for sparsity, wins in zip(wins_from, (False, True), strict=True):
+        if sparsity is not None:
+            found = estimate(layer, round((1 - sparsity) * weights), None, machine)
+            assert (found.sparse_ms < found.dense_ms) is wins
+
+
+def test_estimates_are_those_of_the_machine_at_hand(monkeypatch):
+    layer = Facts("Linear", 1024, 1024)
+    for amd, machine in ((True, AMD), (False, INTEL)):
+        monkeypatch.setattr("sparseprop.backend.made_by_amd", lambda amd=amd: amd)
+        assert estimate(layer, 1000) == estimate(layer, 1000, None, machine)

@@ -12,7 +12,7 @@ import torch  # noqa: F401  # before the native module, which then shares torch'
 
 from sparseprop.errors import SparsePropError
 
-__all__ = ["active_isa", "available_isas", "name", "use"]
+__all__ = ["active_isa", "available_isas", "made_by_amd", "name", "use"]
 
 _MODULES = {"native": "sparseprop._native", "reference": "sparseprop.reference"}
 
@@ -34,6 +34,11 @@ def available_isas() -> tuple[str, ...]:
 def active_isa() -> str:
     """The instruction set that runs; the environment variable SPARSEPROP_MAX_ISA caps it."""
     return "reference" if name == "reference" else str(import_module(_MODULES["native"]).active_isa())
+
+
+def made_by_amd() -> bool:
+    """Whether the CPU is AMD's, as far as the kernels know; torch's own kernels differ there."""
+    return name == "native" and bool(import_module(_MODULES["native"]).made_by_amd())
 
 
 @contextmanager
