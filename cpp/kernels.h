@@ -102,6 +102,7 @@ struct NormArgs {
   const S *scale, *shift;               // x * scale + shift is the normalized x
   const S *mean;                        // sums: any number close to the mean
   const S *scale_grad, *slope, *offset;  // grad_apply: g * scale_grad [+ (x - mean) * slope + offset if slope]
+  bool past_cache;  // out is larger than the caches: planes of apply and grad_apply are written past them
 };
 
 // sums and grad_sums add to doubles, one per channel.

@@ -74,6 +74,17 @@ def test_values_gradients_and_statistics_are_torchs(isa, shape, layout):
 
 
 @pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("side", [56, 57])  # planes in whole cache lines, and not
+def test_outputs_larger_than_the_caches_are_torchs(isa, side):
+    case = tensors((23, 60, side, side), "contiguous")
+    assert case[0].nbytes > 32 << 20
+    with running(isa):
+        ours, theirs = ours_and_torchs(case, NormSpec(True, cap=torch.inf), with_residual=True)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_last"])
 def test_float32_is_as_exact_as_torchs(isa, layout):
     wide = tensors((4, 20, 13, 13), layout)

@@ -27,11 +27,11 @@ struct Norm : private Lanes<V> {
 
   // out = act(x * scale + shift + residual)
   static void apply(const NormArgs<S>& a) {
-    if (a.cap > S(0)) {
-      a.other ? apply_as<true, true>(a) : apply_as<true, false>(a);
-    } else {
-      a.other ? apply_as<false, true>(a) : apply_as<false, false>(a);
+    if (may_stream(a)) {
+      apply_to<true>(a);
+      return V::fence();
     }
+    apply_to<false>(a);
   }
 
   // sum of g and of g * (x - mean), where g is grad where the activation let it pass; g goes to `masked` if wanted
@@ -49,7 +49,11 @@ struct Norm : private Lanes<V> {
 
   // out = g * scale_grad + (x - mean) * slope + offset, without the last two if there is no slope
   static void grad_apply(const NormArgs<S>& a) {
-    a.slope ? grad_apply_as<true>(a) : grad_apply_as<false>(a);
+    if (a.slope && may_stream(a)) {
+      grad_apply_as<true, true>(a);
+      return V::fence();
+    }
+    a.slope ? grad_apply_as<true, false>(a) : grad_apply_as<false, false>(a);
   }
 
  private:
@@ -66,6 +70,12 @@ struct Norm : private Lanes<V> {
   static SPARSEPROP_INLINE V take(const S* array, Place at, ptrdiff_t i, ptrdiff_t count) {
     if (Planes) __builtin_prefetch(array + at.run + i + at.ahead);
     return get(array + at.run + i, count);
+  }
+  // Past the caches, whole lines are written without being read first.
+  template <bool past_cache>
+  static SPARSEPROP_INLINE void give_out(V v, S* array, Place at, ptrdiff_t i, ptrdiff_t count) {
+    if (past_cache && count == w) return v.stream(array + at.run + i);
+    give(v, array, at, i, count);
   }
   static SPARSEPROP_INLINE void give(V v, S* array, Place at, ptrdiff_t i, ptrdiff_t count) {
     if (Planes) __builtin_prefetch(array + at.run + i + at.ahead, 1);
@@ -95,7 +105,22 @@ struct Norm : private Lanes<V> {
     }
   };
 
-  template <bool Relu, bool Residual>
+  // Whether every run of the output begins and ends with a cache line.
+  static bool may_stream(const NormArgs<S>& a) {
+    constexpr auto line = static_cast<ptrdiff_t>(64 / sizeof(S));
+    return Planes && a.past_cache && reinterpret_cast<uintptr_t>(a.out) % 64 == 0 && a.n % line == 0 && a.out_pitch % line == 0;
+  }
+
+  template <bool past_cache>
+  static void apply_to(const NormArgs<S>& a) {
+    if (a.cap > S(0)) {
+      a.other ? apply_as<true, true, past_cache>(a) : apply_as<true, false, past_cache>(a);
+    } else {
+      a.other ? apply_as<false, true, past_cache>(a) : apply_as<false, false, past_cache>(a);
+    }
+  }
+
+  template <bool Relu, bool Residual, bool past_cache>
   static void apply_as(const NormArgs<S>& args) {
     const NormArgs<S> a = args;  // a copy that no store can change: rows are short
     runs(a, 0, a.rows, [&a](At at, ptrdiff_t len, ptrdiff_t c) __attribute__((always_inline)) {
@@ -105,12 +130,12 @@ struct Norm : private Lanes<V> {
         V y = V::fma(take(a.x, at.x, i, count), scale(i, count), shift(i, count));
         if (Residual) y = V::add(y, take(a.other, at.all, i, count));
         if (Relu) y = V::min(cap, V::relu(y));
-        give(y, a.out, at.out, i, count);
+        give_out<past_cache>(y, a.out, at.out, i, count);
       });
     });
   }
 
-  template <bool Training>
+  template <bool Training, bool past_cache>
   static void grad_apply_as(const NormArgs<S>& args) {
     const NormArgs<S> a = args;
     runs(a, 0, a.rows, [&a](At at, ptrdiff_t len, ptrdiff_t c) __attribute__((always_inline)) {
@@ -122,7 +147,7 @@ struct Norm : private Lanes<V> {
         if (!Training) return give(V::mul(g, scale(i, count)), a.out, at.out, i, count);
         const V centred = subtract(x, mean(i, count));
         const V y = V::fma(centred, slope(i, count), offset(i, count));
-        give(V::fma(g, scale(i, count), y), a.out, at.out, i, count);
+        give_out<past_cache>(V::fma(g, scale(i, count), y), a.out, at.out, i, count);
       });
     });
   }

@@ -34,6 +34,8 @@ struct F32 {
   }
   void store(float* p) const { _mm256_store_ps(p, v); }
   void storeu(float* p) const { _mm256_storeu_ps(p, v); }
+  void stream(float* p) const { _mm256_stream_ps(p, v); }  // aligned, past the caches
+  static void fence() { _mm_sfence(); }  // streamed before, seen by whoever reads later
   // Round to nearest even; NaN stays NaN (its quiet bit is set before truncation).
   void storeu(bf16* p) const {
     const __m256i bits = _mm256_castps_si256(v);
@@ -145,6 +147,8 @@ struct F64 {
   static F64 loadu(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_store_pd(p, v); }
   void storeu(double* p) const { _mm256_storeu_pd(p, v); }
+  void stream(double* p) const { _mm256_stream_pd(p, v); }  // aligned, past the caches
+  static void fence() { _mm_sfence(); }  // streamed before, seen by whoever reads later
   static __m256i first(ptrdiff_t n) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_set_epi64x(3, 2, 1, 0));
   }

@@ -28,6 +28,8 @@ struct F32 {
   }
   void store(float* p) const { _mm512_store_ps(p, v); }
   void storeu(float* p) const { _mm512_storeu_ps(p, v); }
+  void stream(float* p) const { _mm512_stream_ps(p, v); }  // aligned, past the caches
+  static void fence() { _mm_sfence(); }  // streamed before, seen by whoever reads later
   // Round to nearest even; NaN stays NaN (its quiet bit is set before truncation).
   void storeu(bf16* p) const {
     const __m512i bits = _mm512_castps_si512(v);
@@ -139,6 +141,8 @@ struct F64 {
   static F64 loadu(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_store_pd(p, v); }
   void storeu(double* p) const { _mm512_storeu_pd(p, v); }
+  void stream(double* p) const { _mm512_stream_pd(p, v); }  // aligned, past the caches
+  static void fence() { _mm_sfence(); }  // streamed before, seen by whoever reads later
   static __mmask8 first(ptrdiff_t n) { return static_cast<__mmask8>((1u << n) - 1u); }
   static F64 load_some(const double* p, ptrdiff_t n) { return {_mm512_maskz_loadu_pd(first(n), p)}; }
   void store_some(double* p, ptrdiff_t n) const { _mm512_mask_storeu_pd(p, first(n), v); }

@@ -24,6 +24,8 @@ struct Vec {
     return r;
   }
   void store(S* p) const { storeu(p); }
+  void stream(S* p) const { storeu(p); }
+  static void fence() {}
   template <class Out>
   void storeu(Out* p) const {
     for (int i = 0; i < width; ++i) p[i] = To<Out>::from(lane[i]);
