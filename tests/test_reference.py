@@ -46,10 +46,12 @@ def test_all_contractions_are_the_dense_ones_at_the_mask(dtype):
     twin.backward(
         *shared, grad.data_ptr(), five(grad), addresses[0], five(grads[0]), addresses[1], addresses[2]
     )
-    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    # in float64 torch's own sums are rounded as ours are, once a term
+    slack = out[:, 0].numel() if dtype is torch.float64 else 4
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": slack * torch.finfo(dtype).eps}
     torch.testing.assert_close(ours.double(), out.detach(), **close)
     torch.testing.assert_close(grads[0].double(), exact_grads[0], **close)
-    close = {"rtol": 2 * torch.finfo(wide).eps, "atol": 4 * torch.finfo(wide).eps}
+    close = {"rtol": 2 * torch.finfo(wide).eps, "atol": slack * torch.finfo(wide).eps}
     torch.testing.assert_close(grads[1].double(), exact_grads[1][mask], **close)
     torch.testing.assert_close(grads[2].double(), exact_grads[2], **close)
 

@@ -215,7 +215,7 @@ def test_named_timm_model_runs(tmp_path: Path) -> None:
         ({"model": "keras:resnet50"}, "unknown model library 'keras'"),
         ({"model": "nowhere.safetensors"}, "there is no checkpoint nowhere.safetensors"),
         ({"data": "no/such/folder"}, "the data folder no/such/folder is missing"),
-        ({"sparsity": 0.1, "min_sparsity": None}, "no layer of the model would become sparse"),
+        ({"sparsity": 0.1, "min_sparsity": 0.5}, "no layer of the model would become sparse"),
     ],
 )
 def test_job_that_cannot_run_writes_nothing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
