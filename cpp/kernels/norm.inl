@@ -74,7 +74,7 @@ struct Norm : private Lanes<V> {
   // Past the caches, whole lines are written without being read first.
   template <bool past_cache>
   static SPARSEPROP_INLINE void give_out(V v, S* array, Place at, ptrdiff_t i, ptrdiff_t count) {
-    if (past_cache && count == w) return v.stream(array + at.run + i);
+    if (past_cache) return v.stream(array + at.run + i);
     give(v, array, at, i, count);
   }
   static SPARSEPROP_INLINE void give(V v, S* array, Place at, ptrdiff_t i, ptrdiff_t count) {
