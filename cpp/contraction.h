@@ -18,12 +18,11 @@ struct TensorRef {
   Strides strides;
 };
 
-// What follows a forward contraction at once: batch norm by known statistics, a residual addition, ReLU. `mean` and
-// `variance` (per output channel) and `gamma` and `beta` (or null) have the type of the values, `residual.data` (or null) the
-// output's shape. cap: 0 no activation, infinity ReLU, 6 ReLU6.
+// What follows a forward contraction at once: x * scale + shift of each output channel (of the type of the values), the
+// addition of a residual (or null, of the output's shape), an activation. cap: 0 none, infinity ReLU, 6 ReLU6.
 struct Finish {
-  const void *mean, *variance, *gamma, *beta;
-  double eps, cap;
+  const void *scale, *shift;
+  double cap;
   TensorRef residual;
 };
 
@@ -49,6 +48,7 @@ class Contraction {
   Contraction(const Layer& layer, const PackedNM& packed);
 
   int64_t nnz() const { return pattern_.nnz; }
+  const Layer& layer() const { return layer_; }
   int64_t storage_bytes() const;
 
   // values, bias and their gradients are float64 for float64 activations, float32 otherwise; null = absent.

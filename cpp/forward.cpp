@@ -1,8 +1,6 @@
 // Forward: pack a chunk of the input, run every part of the rows over its tiles, store the output tiles.
-#include <cmath>
 #include <optional>
 
-#include "norm.h"
 #include "run.h"
 
 namespace sparseprop {
@@ -14,15 +12,7 @@ constexpr int64_t kColdChunks = 4;  // walked more often than this in one call, 
 template <class S>
 class Finisher {
  public:
-  Finisher(const Finish& finish, int64_t channels) : finish_(finish), scale_(channels), shift_(channels) {
-    const auto *mean = static_cast<const S*>(finish.mean), *variance = static_cast<const S*>(finish.variance),
-               *gamma = static_cast<const S*>(finish.gamma), *beta = static_cast<const S*>(finish.beta);
-    for (int64_t c = 0; c < channels; ++c) {
-      const Affine<S> of(gamma, beta, c, mean[c], 1.0 / std::sqrt(variance[c] + finish.eps));
-      scale_[c] = of.scale;
-      shift_[c] = of.shift;
-    }
-  }
+  explicit Finisher(const Finish& finish) : finish_(finish) {}
 
   // `residual` is scratch of the tile's size.
   void operator()(const Call<S, S>& call, Stream::Part part, Columns columns, S* tile, S* residual) const {
@@ -37,8 +27,8 @@ class Finisher {
     norm.channels = part.rows;
     norm.n = pitch;
     norm.cap = static_cast<S>(finish_.cap);
-    norm.scale = scale_.data() + part.row;
-    norm.shift = shift_.data() + part.row;
+    norm.scale = static_cast<const S*>(finish_.scale) + part.row;
+    norm.shift = static_cast<const S*>(finish_.shift) + part.row;
     norm.other = finish_.residual.data ? residual : nullptr;
     norm.x = norm.out = tile;
     call.kernels().planes.apply(norm);
@@ -46,7 +36,6 @@ class Finisher {
 
  private:
   const Finish& finish_;
-  std::vector<S> scale_, shift_;
 };
 
 // One call's pieces: a part of the rows on a chunk of the columns.
@@ -58,7 +47,7 @@ class ForwardRun {
     panel_at_ = pieces_.add<S>(plan_.panel_size);
     tile_at_ = pieces_.add<S>(stream_.max_part_rows() * plan_.chunk);
     residual_at_ = pieces_.add<S>(finish && finish->residual.data ? stream_.max_part_rows() * plan_.chunk : 0);
-    if (finish) finisher_.emplace(*finish, call.layer.out_channels);
+    if (finish) finisher_.emplace(*finish);
   }
 
   size_t scratch_bytes() const { return pieces_.bytes(); }

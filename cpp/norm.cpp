@@ -47,6 +47,20 @@ struct Rows {
 }  // namespace
 
 template <class S>
+FoldedNorm<S>::FoldedNorm(const KnownNorm& norm, int64_t channels) : scale(channels), shift(channels) {
+  const auto *mean = static_cast<const S*>(norm.mean), *variance = static_cast<const S*>(norm.variance),
+             *gamma = static_cast<const S*>(norm.gamma), *beta = static_cast<const S*>(norm.beta);
+  for (int64_t c = 0; c < channels; ++c) {
+    const Affine<S> of(gamma, beta, c, mean[c], 1.0 / std::sqrt(variance[c] + norm.eps));
+    scale[c] = of.scale;
+    shift[c] = of.shift;
+  }
+}
+
+template struct FoldedNorm<float>;
+template struct FoldedNorm<double>;
+
+template <class S>
 void norm_forward(const NormShape& shape, const NormForward<S>& call) {
   const int64_t channels = shape.channels, count = shape.outer * shape.inner;
   const bool parallel = count * channels > kSerial;

@@ -2,6 +2,7 @@
 // its input.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "windows.h"
 
@@ -46,6 +47,19 @@ struct Affine {
     scale = static_cast<S>(factor);
     shift = static_cast<S>((beta ? double(beta[c]) : 0.0) - mean * factor);
   }
+};
+
+// A batch norm whose statistics are known and the activation behind it, as arrays per channel; gamma and beta may be null.
+struct KnownNorm {
+  const void *mean, *variance, *gamma, *beta;
+  double eps, cap;
+};
+
+// What it does to each channel: x * scale + shift.
+template <class S>
+struct FoldedNorm {
+  std::vector<S> scale, shift;
+  FoldedNorm(const KnownNorm& norm, int64_t channels);
 };
 
 template <class S>

@@ -5,6 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+_Norm = tuple[int, int, int, int, float, float]  # mean, variance, gamma, beta, eps, cap of an activation
+_Sizes = tuple[Sequence[int], Sequence[int], Sequence[int]]  # of an image: input, padding, output
+_Step = tuple[Contraction, _Sizes, int, int, _Norm]  # values and bias
+
 class Contraction:
     """A validated sparsity pattern of one Linear or Conv layer, lowered for this CPU on first use.
 
@@ -55,7 +59,7 @@ class Contraction:
         bias: int,
         out: int,
         out_strides: Sequence[int],
-        finish: tuple[int, int, int, int, float, float, int, Sequence[int]] | None = None,
+        finish: tuple[_Norm, int, Sequence[int]] | None = None,
     ) -> None:
         """`finish` follows at once; not for bfloat16 or the reference. See `ops.finish.Finish.arguments`."""
 
@@ -241,6 +245,20 @@ def chain_forward(
     out: int,
 ) -> None:
     """[Batch norm, activation,] depthwise convolution, batch norm, activation."""
+
+def inverted_forward(
+    x: int,
+    out: int,
+    wide: bool,
+    images: int,
+    expand: _Step | None,
+    windows: Windows,
+    channels: int,
+    weights: int,
+    norm: _Norm,
+    project: _Step,
+) -> None:
+    """An inverted residual block in evaluation, contiguous images."""
 
 def chain_backward(
     wide: bool,

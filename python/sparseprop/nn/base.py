@@ -16,6 +16,7 @@ from sparseprop.nn.convert import dense_source, finished_mask, pattern_of
 from sparseprop.nn.state import fitted
 from sparseprop.nn.storage import Pattern, buffers_of, check_shape, pattern_in, plain, store
 from sparseprop.ops import Finish, Operator, apply, apply_again, apply_finished
+from sparseprop.ops.inverted import SparseStep
 from sparseprop.packed import PackedNM
 from sparseprop.pattern import SparsityPattern
 
@@ -89,6 +90,18 @@ class SparseLayer(nn.Module):
         if is_compiling() or self._pads_first or not index.is_cpu or type(index) is not Tensor:
             return None
         return apply_finished(self._operator_for(head, index), x, values, bias, finish)
+
+    def step(self, finish: Finish) -> SparseStep | None:
+        """The layer and `finish` as a part of a larger call; None if it cannot be one."""
+        values, bias, head, index = self._operands()
+        if self._pads_first or not index.is_cpu or type(index) is not Tensor:
+            return None
+        return SparseStep(self._operator_for(head, index), values, bias, finish)
+
+    def operator(self) -> Operator:
+        """What runs its kernels; another one once the pattern was changed."""
+        _, _, head, index = self._operands()
+        return self._operator_for(head, index)
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         parameters, buffers = self._parameters, self._buffers  # attribute look-up of modules is slow

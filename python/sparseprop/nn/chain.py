@@ -12,7 +12,7 @@ from sparseprop.nn.norm import NativeNorm, norm_behind
 from sparseprop.ops.chain import chain, kernels_may_chain
 from sparseprop.ops.windows import WindowSpec
 
-__all__ = ["depthwise_chain", "is_plain_depthwise"]
+__all__ = ["depthwise_chain", "depthwise_windows", "is_plain_depthwise"]
 
 
 def is_plain_depthwise(module: nn.Module | None) -> bool:
@@ -30,6 +30,11 @@ def is_plain_depthwise(module: nn.Module | None) -> bool:
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     )
+
+
+def depthwise_windows(conv: nn.Conv2d) -> WindowSpec:
+    """The windows of a plain depthwise convolution."""
+    return WindowSpec(*cast("list[tuple[int, int]]", [conv.kernel_size, conv.stride, conv.padding]))
 
 
 def depthwise_chain(
@@ -59,7 +64,7 @@ def depthwise_chain(
     before = None if first is None else norms[0].stage(first_cap)
     behind = norms[-1].stage(second_cap)
     conv = cast(nn.Conv2d, conv)
-    windows = WindowSpec(*cast("list[tuple[int, int]]", [conv.kernel_size, conv.stride, conv.padding]))
+    windows = depthwise_windows(conv)
     if not kernels_may_chain(x, before, conv.weight, windows, behind):
         return _call(second, conv(x if first is None else _call(first, x, first_cap)), second_cap)
     for norm in norms:

@@ -5,8 +5,6 @@ from torch.nn.modules import module as torch_module
 
 __all__ = ["hooked", "hooks_everywhere"]
 
-_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module, or going backward through it, calls hooks of its own.
@@ -14,7 +12,12 @@ def hooked(module: nn.Module) -> bool:
     >>> hooked(nn.ReLU())
     False
     """
-    return any(getattr(module, kind) for kind in _KINDS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def hooks_everywhere() -> bool:

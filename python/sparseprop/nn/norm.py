@@ -86,13 +86,14 @@ class NativeNorm(Statistics):
             setattr(out, _DONE, True)
         return out if pool is None or pool_spec is not None else cast(Tensor, pool(out))
 
-    def _finish(self, residual: Tensor | None, cap: float | None) -> Finish | None:
+    def known(self, cap: float, residual: Tensor | None = None) -> Finish | None:
         """What this norm does to its input, if that is known before it has seen any of it."""
-        mean, variance = self.running_mean, self.running_var
+        buffers, parameters = self._buffers, self._parameters  # attribute look-up of modules is slow
+        mean, variance = buffers.get("running_mean"), buffers.get("running_var")
         if self.training or mean is None or variance is None:
             return None
-        cap = self.cap if cap is None else cap
-        return Finish(mean, variance, self.weight, self.bias, self.eps, cap, residual)
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        return Finish(mean, variance, weight, bias, self.eps, cap, residual)
 
 
 def norm_behind(
@@ -107,7 +108,7 @@ def norm_behind(
     no hook would miss it.
     """
     if isinstance(norm, NativeNorm) and isinstance(layer, SparseLayer) and _may_skip_calls(norm, layer):
-        finish = norm._finish(residual, cap)
+        finish = norm.known(norm.cap if cap is None else cap, residual)
         out = None if finish is None else layer.finished(x, finish)
         if out is not None:
             if cap is None and norm.cap:

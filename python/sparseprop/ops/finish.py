@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sparseprop.ops.eligible import kernels_may_read
-from sparseprop.ops.layout import Five, five_strides
+from sparseprop.ops.layout import five_strides
 
 __all__ = ["Finish"]
 
@@ -35,19 +35,23 @@ class Finish:
 
     def fits(self, x: Tensor, out_shape: tuple[int, ...]) -> bool:
         """Whether kernels can do this to the output, of that shape, for an input `x`."""
-        per_channel = [t for t in (self.mean, self.variance, self.weight, self.bias) if t is not None]
         others = [] if self.residual is None else [self.residual]
         return (
-            kernels_may_read(x, *per_channel, *others)
-            and all(t.shape == (out_shape[1],) and t.is_contiguous() for t in per_channel)
+            kernels_may_read(x, *self.per_channel(), *others)
+            and self.fits_channels(out_shape[1])
             and all(t.shape == out_shape and not t.is_neg() for t in others)
         )
 
-    def arguments(self, dims: int) -> tuple[Any, ...]:
-        """As `_native.Contraction.forward` takes them; addresses, 0 for what is absent."""
-        strides: Five | None = (0, 0, 0, 0, 0)
-        if self.residual is not None:
-            strides = five_strides(self.residual.shape, self.residual.stride(), dims)
+    def per_channel(self) -> list[Tensor]:
+        """Tensors of (out_channels,), those there are."""
+        return [t for t in (self.mean, self.variance, self.weight, self.bias) if t is not None]
+
+    def fits_channels(self, channels: int) -> bool:
+        """Whether these are as long as that, and contiguous."""
+        return all(t.shape == (channels,) and t.is_contiguous() for t in self.per_channel())
+
+    def norm_arguments(self) -> tuple[Any, ...]:
+        """The batch norm and activation as `_native` takes them; addresses, 0 for what is absent."""
         return (
             self.mean.data_ptr(),
             self.variance.data_ptr(),
@@ -55,6 +59,11 @@ class Finish:
             0 if self.bias is None else self.bias.data_ptr(),
             self.eps,
             self.cap,
-            0 if self.residual is None else self.residual.data_ptr(),
-            strides,
         )
+
+    def arguments(self, dims: int) -> tuple[Any, ...]:
+        """All of it as `_native.Contraction.forward` takes it."""
+        if self.residual is None:
+            return self.norm_arguments(), 0, (0, 0, 0, 0, 0)
+        strides = five_strides(self.residual.shape, self.residual.stride(), dims)
+        return self.norm_arguments(), self.residual.data_ptr(), strides

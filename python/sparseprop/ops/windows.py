@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class WindowSpec:
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
 
-    def output_size(self, size: torch.Size) -> Pair:
+    def output_size(self, size: Sequence[int]) -> Pair:
         """Height and width of the result, rounded down; negative if the window does not fit."""
         height, width = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -32,21 +33,22 @@ class WindowSpec:
         )
         return height, width
 
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether our kernels can slide such windows over a tensor (N, C, H, W)."""
+        return (
+            len(shape) == 4
+            and shape.numel() > 0
+            and self.dilation == (1, 1)  # else a window may lie in the padding alone
+            and min(*self.kernel, *self.stride) > 0
+            and all(0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True))
+            and self.kernel[0] * self.kernel[1] <= 255
+            and min(self.output_size(shape[2:])) > 0
+        )
+
 
 def windows_fit(x: Tensor, spec: WindowSpec) -> bool:
     """Whether our kernels can slide such windows over `x`, (N, C, H, W)."""
-    return (
-        x.dim() == 4
-        and kernels_may_read(x)
-        and x.is_contiguous()
-        and not x.is_neg()
-        and x.numel() > 0
-        and spec.dilation == (1, 1)  # else a window may lie in the padding alone
-        and min(*spec.kernel, *spec.stride) > 0
-        and all(0 <= 2 * p <= k for p, k in zip(spec.padding, spec.kernel, strict=True))
-        and spec.kernel[0] * spec.kernel[1] <= 255
-        and min(spec.output_size(x.shape[2:])) > 0
-    )
+    return kernels_may_read(x) and x.is_contiguous() and not x.is_neg() and spec.fits(x.shape)
 
 
 def empty_result(x: Tensor, spec: WindowSpec) -> Tensor:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
 from sparseprop.nn.chain import depthwise_chain, is_plain_depthwise
 from sparseprop.nn.hooks import hooked
+from sparseprop.nn.inverted import inverted_residual
 from sparseprop.swap import graphs
 
 __all__ = ["Chain", "chains", "inlined_children"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The nodes of layer, batch norm[, activation]; see `Chain`."""
+
+    layer: fx.Node
+    norm: fx.Node
+    relu: str | None
+    cap: float
+    nodes: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,7 @@ class Chain:
     Attributes:
         relus, caps: names and caps of the activations, None and 0 for those that are not there.
         nodes: all of them, last call first.
+        project: what comes behind in evaluation, None if nothing that can be run with it.
     """
 
     layer: fx.Node | None
@@ -30,6 +43,7 @@ class Chain:
     relus: tuple[str | None, str | None]
     caps: tuple[float, float]
     nodes: tuple[fx.Node, ...]
+    project: Projection | None = None
 
     def insert(self, graph: fx.Graph) -> fx.Node:
         """One call for all that is replaced."""
@@ -37,14 +51,15 @@ class Chain:
             None if node is None else graph.get_attr(str(node.target))
             for node in (self.layer, self.first, self.conv, self.second)
         )
-        x = self.nodes[-1].args[0]
-        return graph.call_function(
-            depthwise_chain, (x, layer, first, self.caps[0], conv, second, self.caps[1])
-        )
+        args = self.nodes[-1].args[0], layer, first, self.caps[0], conv, second, self.caps[1]
+        if self.project is None:
+            return graph.call_function(depthwise_chain, args)
+        behind = [graph.get_attr(str(node.target)) for node in (self.project.layer, self.project.norm)]
+        return graph.call_function(inverted_residual, (*args, *behind, self.project.cap))
 
     def replaced(self) -> list[fx.Node]:
         """Last call first."""
-        return list(self.nodes)
+        return [*(self.project.nodes if self.project else ()), *self.nodes]
 
 
 def inlined_children(module: nn.Module) -> dict[str, nn.Module]:
@@ -60,8 +75,9 @@ def inlined_children(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def chains(graph: fx.Graph, module: nn.Module) -> Iterator[Chain]:
-    """All chains in a graph, each with as much around its convolution as there is."""
+def chains(graph: fx.Graph, module: nn.Module, training: bool) -> Iterator[Chain]:
+    """All chains in the graph of a mode, each with as much around its convolution as there is."""
+    taken: set[fx.Node] = set()
     for node in graph.nodes:
         conv = graphs.child(node, module)
         if conv is None or not is_plain_depthwise(conv) or hooked(conv) or not graphs.is_plain(node):
@@ -72,21 +88,39 @@ def chains(graph: fx.Graph, module: nn.Module) -> Iterator[Chain]:
         after = graphs.only_user(second)
         relu, cap = graphs.activation(after, module) or (None, 0.0)
         behind = (second,) if relu is None or after is None else (after, second)
-        before, first, first_relu, first_cap = _before(node, module)
+        before, first, first_relu, first_cap = _before(node, module, taken)
         layer = before[-1] if len(before) == 3 else None
         relus, caps = (first_relu, relu), (first_cap, cap)
         found = Chain(layer, first, node, second, relus, caps, (*behind, node, *before))
-        if graphs.may_wait(found.replaced(), module):
-            yield found
+        if not graphs.may_wait(found.replaced(), module):
+            continue
+        whole = found if training else replace(found, project=_behind(found.nodes[0], module))
+        found = whole if graphs.may_wait(whole.replaced(), module) else found
+        taken.update(found.replaced())
+        yield found
+
+
+def _behind(last: fx.Node, module: nn.Module) -> Projection | None:
+    node = graphs.only_user(last)
+    norm = None if node is None else graphs.only_user(node)
+    if node is None or norm is None or not graphs.is_norm_call(norm, module):
+        return None
+    layer = graphs.layer_before(norm, module)
+    if layer is None:
+        return None
+    after = graphs.only_user(norm)
+    relu, cap = graphs.activation(after, module) or (None, 0.0)
+    behind = (norm,) if relu is None or after is None else (after, norm)
+    return Projection(layer, norm, relu, cap, (*behind, layer))
 
 
 def _before(
-    conv: fx.Node, module: nn.Module
+    conv: fx.Node, module: nn.Module, taken: set[fx.Node]
 ) -> tuple[tuple[fx.Node, ...], fx.Node | None, str | None, float]:
     """The activation, batch norm and sparse layer in front of it; the norm, the activation's name and cap."""
     nothing: tuple[tuple[fx.Node, ...], None, None, float] = ((), None, None, 0.0)
     relu = conv.args[0]
-    if not isinstance(relu, fx.Node) or len(relu.users) != 1:
+    if not isinstance(relu, fx.Node) or len(relu.users) != 1 or relu in taken:
         return nothing
     known = graphs.activation(relu, module)
     norm = relu.args[0] if relu.args else None

@@ -116,7 +116,7 @@ def _found(module: nn.Module, training: bool, inlined: dict[str, nn.Module]) -> 
     graph = graphs.own_graph(module, training, tuple(inlined.values()))
     if graph is None:
         return ()
-    whole = list(chains(graph, module))
+    whole = list(chains(graph, module, training))
     taken = {node for match in whole for node in match.replaced()}
     return *whole, *_matches(graph, module, taken)
 
@@ -129,6 +129,9 @@ def _calls(match: Match | Chain) -> list[NormCall]:
     if match.first is not None:
         layer = graphs.name_of(match.layer)
         calls.append(NormCall(str(match.first.target), match.relus[0], layer=layer, conv=conv))
+    if match.project is not None:
+        project = match.project
+        calls.append(NormCall(str(project.norm.target), project.relu, layer=graphs.name_of(project.layer)))
     return calls
 
 

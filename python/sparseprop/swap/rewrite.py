@@ -30,7 +30,7 @@ class _Runs:
 
     by_mode: dict[bool, Callable[..., Any]]
     inlined: tuple[str, ...]
-    children: tuple[Any, ...]
+    children: list[Any]
     names: tuple[str, ...]  # of the forward's arguments
     absent: frozenset[str]  # of those that are not given
 
@@ -40,18 +40,17 @@ class _Runs:
         return not given & self.absent and not any(value is None for value in (*args, *kwargs.values()))
 
 
-def _children(module: nn.Module, inlined: tuple[str, ...]) -> tuple[Any, ...]:
+def _children(module: nn.Module, inlined: tuple[str, ...]) -> list[Any]:
     """Names and classes of the children, and of those in containers that the code looks into while these have
     no hooks."""
-    found: list[Any] = _classes_of(module)
+    modules = module._modules
+    found: list[Any] = [*modules, *map(type, modules.values())]
     for name in inlined:
-        container = module._modules.get(name)
-        found.append(None if container is None or hooked(container) else _classes_of(container))
-    return tuple(found)
-
-
-def _classes_of(module: nn.Module) -> list[tuple[str, type]]:
-    return [(name, type(child)) for name, child in module._modules.items()]
+        container = modules.get(name)
+        if container is not None and not hooked(container):
+            found += container._modules
+            found += map(type, container._modules.values())
+    return found
 
 
 class Rewritten(Mixin):
