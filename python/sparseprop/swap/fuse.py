@@ -101,8 +101,9 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
 
     2-D max pooling becomes native too, the GELUs of torch and transformers, and attention:
     `scaled_dot_product_attention` in modules that call it, as those of torch, timm and transformers do (not
-    while compiling). A sparse layer with a batch norm alone behind it, in one and the same forward, runs it
-    in evaluation mode while no gradients are recorded: swap first, then fuse.
+    while compiling). In evaluation mode, while no gradients are recorded, a sparse layer runs the batch norm
+    behind it, if both are called in one forward, and sparse layers around a depthwise convolution run with it
+    as one call, image by image: swap first, then fuse.
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
