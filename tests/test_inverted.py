@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from checks import running
 from sparseprop import fuse, swap_modules
@@ -175,6 +176,26 @@ def test_steps_are_taken_one_by_one_where_one_call_would_miss_something(at_once)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         fused.float()(x.float())
     assert not any(at_once)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", [0, 1, 3, 4, 6, 7])
+def test_parametrized_modules_compute_their_weights_anew(at_once, name):
+    model = block(CONVOLUTIONS["3x3"])
+    fused, x = fuse(model, inplace=False), images((2, 8, 8))
+    check(model, fused, x)
+    for each in (model, fused):
+        weight = "weight_values" if isinstance(each[name], SparseLayer) else "weight"
+        parametrize.register_parametrization(each[name], weight, Doubled())
+    check(model, fused, x, rtol=1e-12, atol=1e-12)
+    for each in (model, fused):
+        next(each[name].parametrizations.parameters()).data.mul_(3)
+    check(model, fused, x, rtol=1e-12, atol=1e-12)
+    assert at_once == [True]
 
 
 def test_an_input_of_wrong_shape_is_refused_as_the_layer_does(at_once):

@@ -92,7 +92,7 @@ def _state(modules: Sequence[nn.Module]) -> list[Any]:
 
 def _made(modules: Sequence[nn.Module], caps: tuple[float, float, float]) -> InvertedBlock | None:
     conv, second, project, third, *before = modules
-    if not is_plain_depthwise(conv) or any(map(hooked, modules)) or len(before) == 1:
+    if not is_plain_depthwise(conv) or not all(map(_is_plain, modules)) or len(before) == 1:
         return None
     expand = _step(before[0], before[1], caps[0]) if before else None
     norm = second.known(caps[1]) if isinstance(second, NativeNorm) else None
@@ -101,6 +101,12 @@ def _made(modules: Sequence[nn.Module], caps: tuple[float, float, float]) -> Inv
         return None
     conv = cast(nn.Conv2d, conv)
     return InvertedBlock(expand, conv.weight, depthwise_windows(conv), norm, last)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether no hook would miss a call, and `_state` sees all that its numbers come from."""
+    weight = "weight_values" if isinstance(module, SparseLayer) else "weight"
+    return not (hooked(module) or module._modules or {weight, "bias"} - module._parameters.keys())
 
 
 def _step(layer: nn.Module, norm: nn.Module, cap: float) -> SparseStep | None:

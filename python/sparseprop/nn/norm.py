@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _DONE = "_sparseprop_relu_done"
+_AFFINE = ("weight", "bias")
 
 
 class Statistics(nn.modules.batchnorm._BatchNorm):
@@ -92,7 +93,7 @@ class NativeNorm(Statistics):
         mean, variance = buffers.get("running_mean"), buffers.get("running_var")
         if self.training or mean is None or variance is None:
             return None
-        weight, bias = parameters.get("weight"), parameters.get("bias")
+        weight, bias = (parameters[name] if name in parameters else getattr(self, name) for name in _AFFINE)
         return Finish(mean, variance, weight, bias, self.eps, cap, residual)
 
 
