@@ -6,8 +6,9 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <mutex>
-#include <new>
+#include <utility>
 #include <vector>
 
 #include "range.h"
@@ -56,7 +57,13 @@ class Team {
  public:
   Team(const std::vector<Rectangle>& work, const Sharing& rule, int threads);
   bool next(int thread, Piece& piece);
-  void fail() { failed_.store(true); }
+  // No piece is handed out any more. The first error counts.
+  void fail(std::exception_ptr error) {
+    if (!failed_.exchange(true)) error_ = std::move(error);
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
   bool failed() const { return failed_.load(); }
 
  private:
@@ -65,6 +72,7 @@ class Team {
   std::vector<Job> jobs_;
   Sharing rule_;
   std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
 };
 
 inline int team_size(bool parallel) { return parallel && !omp_in_parallel() ? omp_get_max_threads() : 1; }
@@ -85,10 +93,10 @@ void run_team(const std::vector<Rectangle>& work, const Sharing& rule, bool para
   try {
     auto member = start();
     for (Piece piece; team.next(omp_get_thread_num(), piece);) member(piece);
-  } catch (const std::bad_alloc&) {
-    team.fail();
+  } catch (...) {
+    team.fail(std::current_exception());
   }
-  if (team.failed()) throw std::bad_alloc();
+  team.rethrow();
 }
 
 // Runs start()(i) for i < tasks, independent of each other.

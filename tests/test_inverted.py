@@ -208,6 +208,16 @@ def test_an_input_of_wrong_shape_is_refused_as_the_layer_does(at_once):
         assert fused(images((0, 8, 8))).shape == (0, 9, 8, 8)
 
 
+def test_indices_overwritten_unseen_are_refused_on_every_thread(at_once):
+    fused = fuse(block(CONVOLUTIONS["3x3"]))
+    with torch.no_grad():
+        fused(images((1, 8, 8)))
+        fused[6].weight_col_idx.numpy()[-1] = 10**6  # torch's version counter does not notice
+        for count in (1, 33):
+            with pytest.raises(ValueError, match="col"):
+                fused(images((count, 9, 9)))
+
+
 def test_copies_and_pickles_run_by_their_own_numbers(at_once):
     fused, x = fuse(block(CONVOLUTIONS["3x3"])), images((2, 8, 8))
     with torch.no_grad():
