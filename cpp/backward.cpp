@@ -5,8 +5,6 @@
 namespace sparseprop {
 namespace {
 
-constexpr size_t kKeepScratch = size_t{64} << 20;
-
 // Columns are cut into `splits` ranges with a partial weight gradient each: a number that depends on the problem
 // alone, so that results do not depend on the thread count.
 int64_t column_splits(int64_t chunks, int64_t nnz, size_t element) {

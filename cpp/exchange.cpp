@@ -7,7 +7,6 @@
 namespace sparseprop {
 namespace {
 
-constexpr int64_t kSerial = 1 << 15;           // fewer non-zeros are not worth starting threads
 constexpr int64_t kTasks = 8;                  // at least, where there are as many parts
 constexpr size_t kWindow = size_t{256} << 10;  // bytes of canonical values that stay in L2 meanwhile
 

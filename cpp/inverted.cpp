@@ -6,15 +6,14 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <optional>
 
 #include "run.h"
 
 namespace sparseprop {
 namespace {
 
-constexpr int64_t kGroup = 512 << 10;    // bytes between the layers of images that go together, if more than one does
-constexpr int64_t kSerial = 1 << 15;    // elements below which starting threads costs more than it saves
-constexpr size_t kKeepScratch = size_t{64} << 20;
+constexpr int64_t kGroup = 512 << 10;  // bytes between the layers of images that go together, if more than one does
 
 // Planes with their padding, one after the other: a row's right padding is the next one's left, a plane's lower padding the
 // next one's upper. The first row's padding and what the last window may read lie around them all.
@@ -41,7 +40,7 @@ class Block {
   explicit Block(const InvertedBlock& block)
       : block_(block), padded_(block.windows, lanes<S>()), inner_(block.norm, block.channels),
         last_(block.project.norm, block.project.layer.layer().out_channels) {
-    if (block.expand) first_.emplace_back(block.expand->norm, block.channels);
+    if (block.expand) first_.emplace(block.expand->norm, block.channels);
   }
 
   int64_t image_bytes() const { return block_.channels * (padded_.plane + block_.windows.out_size()) * int64_t(sizeof(S)); }
@@ -94,7 +93,7 @@ class Block {
     const int64_t channels = block_.channels;
     const Strides into = {channels * padded_.plane, padded_.plane, 0, padded_.pitch, 1};
     if (block_.expand) {
-      layer(*block_.expand, first_.front(), images, static_cast<const S*>(block_.x), data, into);
+      layer(*block_.expand, *first_, images, static_cast<const S*>(block_.x), data, into);
       return;
     }
     const S* x = static_cast<const S*>(block_.x) + images.begin * channels * w.in_size();
@@ -128,7 +127,7 @@ class Block {
 
   const InvertedBlock& block_;
   const PaddedPlanes padded_;
-  std::vector<FoldedNorm<S>> first_;
+  std::optional<FoldedNorm<S>> first_;
   const FoldedNorm<S> inner_, last_;
 };
 

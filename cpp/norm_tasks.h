@@ -11,7 +11,6 @@
 
 namespace sparseprop {
 
-constexpr int64_t kSerial = 1 << 15;  // elements below which starting threads costs more than it saves
 // Elements of adjacent planes that one task reads in a row: memory is read page by page however small the planes are
 // (2048 planes of 7x7, batch 32, forward and backward: 31 -> 9.5 ms), and what is read twice stays in the cache.
 constexpr int64_t kRun = 1024;

@@ -14,6 +14,8 @@ constexpr double kMoveWork = 16;  // packing or storing one activation element c
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr size_t kKeepScratch = size_t{64} << 20;  // bytes of a call's scratch that outlive it
+
 // Scratch of one task, and of one call around its tasks.
 inline Arena& thread_arena() {
   thread_local Arena arena;

@@ -15,6 +15,8 @@
 
 namespace sparseprop {
 
+constexpr int64_t kSerial = 1 << 15;  // elements, or non-zeros, below which starting threads costs more than it saves
+
 // Chunks times parts. A chunk has a cost of its own for each thread that works on it (packing its panel).
 struct Rectangle {
   Range chunks, parts;

@@ -86,21 +86,23 @@ class SparseLayer(nn.Module):
 
     def finished(self, x: Tensor, finish: Finish) -> Tensor | None:
         """`finish` of the output, where no gradient is wanted; None if that needs more than one step."""
-        values, bias, head, index = self._operands()
-        if is_compiling() or self._pads_first or not index.is_cpu or type(index) is not Tensor:
+        operator = None if is_compiling() else self.operator()
+        if operator is None:
             return None
-        return apply_finished(self._operator_for(head, index), x, values, bias, finish)
+        values, bias, _, _ = self._operands()
+        return apply_finished(operator, x, values, bias, finish)
 
     def step(self, finish: Finish) -> SparseStep | None:
         """The layer and `finish` as a part of a larger call; None if it cannot be one."""
-        values, bias, head, index = self._operands()
-        if self._pads_first or not index.is_cpu or type(index) is not Tensor:
-            return None
-        return SparseStep(self._operator_for(head, index), values, bias, finish)
+        operator = self.operator()
+        values, bias, _, _ = self._operands()
+        return None if operator is None else SparseStep(operator, values, bias, finish)
 
-    def operator(self) -> Operator:
-        """What runs its kernels; another one once the pattern was changed."""
-        _, _, head, index = self._operands()
+    def operator(self) -> Operator | None:
+        """What runs the layer in one step, another one once the pattern was changed; None if nothing does."""
+        head, index = (self._buffers[key] for key in self._pattern_keys)
+        if self._pads_first or head is None or index is None or not index.is_cpu or type(index) is not Tensor:
+            return None
         return self._operator_for(head, index)
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -101,9 +101,8 @@ class InvertedBlock:
             and weight.is_contiguous()
             and norm.fits_channels(channels)
         )
-        self._last: tuple[torch.Size, _Call | None] | None = (
-            None  # of the last call: input shape, and the call
-        )
+        # of the last call: the input's shape and what follows from it
+        self._last: tuple[torch.Size, _Call | None] | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output for (N, C, H, W), contiguous, that kernels may read; None if these cannot do it."""

@@ -48,8 +48,7 @@ def _children(module: nn.Module, inlined: tuple[str, ...]) -> list[Any]:
     for name in inlined:
         container = modules.get(name)
         if container is not None and not hooked(container):
-            found += container._modules
-            found += map(type, container._modules.values())
+            found.append((*container._modules, *map(type, container._modules.values())))
     return found
 
 
