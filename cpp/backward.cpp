@@ -23,6 +23,7 @@ class BackwardRun {
     const int64_t tile = low_.stream.max_part_rows() * plan_.chunk;
     x_at_ = pieces_.add<S>(grads.values ? tile : 0);
     grad_x_at_ = pieces_.add<S>(grads.in.data ? tile : 0);
+    added_at_ = pieces_.add<S>(grads.added.data ? tile : 0);
   }
 
   size_t scratch_bytes() const { return pieces_.bytes(); }
@@ -90,16 +91,32 @@ class BackwardRun {
       }
     }
     if (!grad_x) return;
-    for (int64_t f = 0; f < phases; ++f) store_grad(grid_.phases[f], grad_x + f * plan_.chunk, channel, channels, columns);
-    if (grid_.idle_phases.empty()) return;
-    std::fill_n(grad_x, channels * plan_.chunk * phases, S(0));  // inputs that the kernel strides over
-    for (const Triple& phase : grid_.idle_phases) store_grad(phase, grad_x, channel, channels, columns);
+    S* added = grads_.added.data ? at<S>(scratch, added_at_) : nullptr;
+    const Rows all = {channel, channels, columns};
+    for (int64_t f = 0; f < phases; ++f) store_grad(grid_.phases[f], grad_x + f * plan_.chunk, added, all);
+    for (const Triple& phase : grid_.idle_phases) {  // inputs that the kernel strides over
+      for (int64_t c = 0; c < channels; ++c) std::fill_n(grad_x + c * phases * plan_.chunk, plan_.chunk, S(0));
+      store_grad(phase, grad_x, added, all);
+    }
   }
 
-  void store_grad(const Triple& phase, const S* rows, int64_t channel, int64_t channels, Columns columns) const {
+  struct Rows {
+    int64_t channel, channels;
+    Columns columns;
+  };
+
+  // `added` is scratch for what is to be added, null if nothing is.
+  void store_grad(const Triple& phase, S* rows, S* added, const Rows& all) const {
+    const int64_t pitch = plan_.chunk * static_cast<int64_t>(grid_.phases.size());
+    if (added) {
+      const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.added.strides, phase);
+      pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grads_.added.data), all.channel, all.channels,
+                 all.columns, added, {plan_.chunk, plan_.chunk, plan_.chunk});
+      call_.kernels().add(rows, pitch, added, plan_.chunk, all.channels, all.columns.end - all.columns.begin);
+    }
     const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.in.strides, phase);
-    unpack<S, A>(call_.table, grid_, place, static_cast<A*>(grads_.in.data), channel, channels, columns, rows,
-           plan_.chunk * static_cast<int64_t>(grid_.phases.size()));
+    unpack<S, A>(call_.table, grid_, place, static_cast<A*>(grads_.in.data), all.channel, all.channels, all.columns, rows,
+                 pitch);
   }
 
   const Call<S, A>& call_;
@@ -112,7 +129,7 @@ class BackwardRun {
   const Schedule& plan_ = low_.schedule;
   const Grid& grid_ = low_.grid;
   Pieces pieces_;
-  size_t panel_at_, x_at_, grad_x_at_;
+  size_t panel_at_, x_at_, grad_x_at_, added_at_;
 };
 
 }  // namespace

@@ -34,7 +34,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       .def("backward", &PyContraction::backward, py::arg("dtype"), py::arg("batch"), py::arg("in_size"),
            py::arg("padding"), py::arg("out_size"), py::arg("x"), py::arg("x_strides"), py::arg("values"),
            py::arg("grad_out"), py::arg("grad_out_strides"), py::arg("grad_in"), py::arg("grad_in_strides"),
-           py::arg("grad_values"), py::arg("grad_bias"));
+           py::arg("grad_values"), py::arg("grad_bias"), py::arg("added") = 0, py::arg("added_strides") = Strides{});
   bind_masks(m);
   bind_norm(m);
   bind_pool(m);

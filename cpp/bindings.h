@@ -58,11 +58,11 @@ class PyContraction {
 
   void backward(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x,
                 Strides x_strides, uintptr_t values, uintptr_t grad_out, Strides grad_out_strides, uintptr_t grad_in,
-                Strides grad_in_strides, uintptr_t grad_values, uintptr_t grad_bias) {
+                Strides grad_in_strides, uintptr_t grad_values, uintptr_t grad_bias, uintptr_t added, Strides added_strides) {
     const py::gil_scoped_release release;
     contraction_.backward(static_cast<DType>(dtype), {batch, in_size, padding, out_size}, {pointer(x), x_strides},
                           pointer(values), {pointer(grad_out), grad_out_strides}, {pointer(grad_in), grad_in_strides},
-                          pointer(grad_values), pointer(grad_bias));
+                          {pointer(added), added_strides}, pointer(grad_values), pointer(grad_bias));
   }
 
  private:

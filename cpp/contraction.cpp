@@ -93,18 +93,18 @@ void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const vo
 }
 
 void Contraction::backward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, TensorRef grad_out,
-                           TensorRef grad_in, void* grad_values, void* grad_bias) {
+                           TensorRef grad_in, TensorRef added, void* grad_values, void* grad_bias) {
   const int64_t element = dtype == DType::float64 ? 8 : 4;
   const int64_t lanes = choose_lanes(sizes, element, batch_last(grad_out.strides, sizes.batch));
   const auto low = lower(Direction::backward, sizes, element, lanes);
   const bool parallel = worth_threads(layer_, *low, pattern_.nnz, 64 / element);
   const Kernels& table = active_kernels();
   if (dtype == DType::float64) {
-    const Gradients<double> grads{grad_in, static_cast<double*>(grad_values), static_cast<double*>(grad_bias)};
+    const Gradients<double> grads{grad_in, added, static_cast<double*>(grad_values), static_cast<double*>(grad_bias)};
     run_backward<double, double>({layer_, sizes, *low, table}, x, static_cast<const double*>(values), grad_out, grads, parallel);
     return;
   }
-  const Gradients<float> grads{grad_in, static_cast<float*>(grad_values), static_cast<float*>(grad_bias)};
+  const Gradients<float> grads{grad_in, added, static_cast<float*>(grad_values), static_cast<float*>(grad_bias)};
   if (dtype == DType::float32) {
     run_backward<float, float>({layer_, sizes, *low, table}, x, static_cast<const float*>(values), grad_out, grads, parallel);
   } else {

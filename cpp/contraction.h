@@ -55,8 +55,9 @@ class Contraction {
   // `finish`: not for bfloat16 (std::invalid_argument).
   void forward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, const void* bias, TensorRef out,
                const Finish* finish = nullptr);
+  // `added` to the input gradient, or null: what reaches the input on other ways.
   void backward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, TensorRef grad_out, TensorRef grad_in,
-                void* grad_values, void* grad_bias);
+                TensorRef added, void* grad_values, void* grad_bias);
 
  private:
   std::shared_ptr<const Lowered> lower(Direction direction, const Sizes& sizes, int64_t element_size, int64_t lanes);

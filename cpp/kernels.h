@@ -205,6 +205,7 @@ struct KernelsOf {
   void (*forward[kMaxTile])(const ForwardArgs<S>&);
   void (*backward[kMaxTile])(const BackwardArgs<S>&);
   void (*zero)(S* dst, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);
+  void (*add)(S* dst, ptrdiff_t pitch, const S* src, ptrdiff_t src_pitch, ptrdiff_t rows, ptrdiff_t cols);  // dst +=
   void (*row_sums)(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);  // sums[r] +=
   Movers<S, S> move;
   NormKernels<S> planes, rows;

@@ -90,9 +90,10 @@ void run_chunks(const Run& run, const std::vector<Rectangle>& work, const Sharin
   });
 }
 
+// `added` to the input gradient, or null: what reaches the input on other ways.
 template <class S>
 struct Gradients {
-  TensorRef in;
+  TensorRef in, added;
   S* values;
   S* bias;
 };

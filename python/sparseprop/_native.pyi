@@ -79,6 +79,8 @@ class Contraction:
         grad_in_strides: Sequence[int],
         grad_values: int,
         grad_bias: int,
+        added: int = 0,
+        added_strides: Sequence[int] = ...,
     ) -> None: ...
 
 def gelu_backward(grad: int, x: int, grad_x: int, n: int) -> None: ...

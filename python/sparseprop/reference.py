@@ -159,6 +159,8 @@ class Contraction:
         grad_in_strides: Sequence[int],
         grad_values: int,
         grad_bias: int,
+        added: int = 0,
+        added_strides: Sequence[int] = (),
     ) -> None:
         kind, wide = _FLOATS[dtype], np.float64 if dtype == 1 else np.float32
         in_shape, out_shape = (batch, self._in_channels, *in_size), (batch, self._out_channels, *out_size)
@@ -168,6 +170,8 @@ class Contraction:
         d_source, d_weights = np.zeros(in_shape), np.zeros(self.nnz)
         geometry = (self._groups, self._stride, tuple(padding))
         _backward(source, weights, grad, self._row_ptr, self._taps, geometry, d_source, d_weights)
+        if added:
+            d_source += _load(_strided(added, kind, in_shape, added_strides))
         if grad_in:
             _store(_strided(grad_in, kind, in_shape, grad_in_strides), d_source)
         if grad_values:

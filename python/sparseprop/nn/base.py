@@ -15,7 +15,7 @@ from sparseprop.geometry import Geometry
 from sparseprop.nn.convert import dense_source, finished_mask, pattern_of
 from sparseprop.nn.state import fitted
 from sparseprop.nn.storage import Pattern, buffers_of, check_shape, pattern_in, plain, store
-from sparseprop.ops import Finish, Operator, apply, apply_again, apply_finished
+from sparseprop.ops import Finish, Operator, apply, apply_again, apply_finished, apply_shared
 from sparseprop.ops.inverted import SparseStep
 from sparseprop.packed import PackedNM
 from sparseprop.pattern import SparsityPattern
@@ -83,6 +83,12 @@ class SparseLayer(nn.Module):
         operator = self._operator_for(head, index)
         out = None if self._pads_first else apply_again(operator, x, values, bias)
         return apply(x, values, bias, head, index, self._geometry, operator) if out is None else out
+
+    def shared(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`ops.apply_shared` of the input; None if that needs more than one step."""
+        operator = self.operator()
+        values, bias, _, _ = self._operands()
+        return None if operator is None else apply_shared(operator, x, values, bias)
 
     def finished(self, x: Tensor, finish: Finish) -> Tensor | None:
         """`finish` of the output, where no gradient is wanted; None if that needs more than one step."""

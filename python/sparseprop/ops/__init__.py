@@ -24,6 +24,7 @@ __all__ = [
     "apply",
     "apply_again",
     "apply_finished",
+    "apply_shared",
     "operator_for",
     "sparse_conv",
     "sparse_linear",
@@ -104,6 +105,24 @@ def apply_again(operator: Operator, x: Tensor, values: Tensor, bias: Tensor | No
 
     Not for layers that pad their input first: the operator knows padded shapes only.
     """
+    call = _recalled(operator, x, values, bias)
+    return None if call is None else _run(operator, call, x, values, bias)
+
+
+def apply_shared(
+    operator: Operator, x: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """The output, and an `x` for other readers, whose gradients become part of the layer's input gradient.
+
+    None if it is the first call of its kind, or the kernels cannot do it. Not for layers that pad first.
+    """
+    call = _recalled(operator, x, values, bias)
+    if call is None or forward_ad._current_level >= 0:
+        return None
+    return eager.contract_shared(x, values, bias, operator, call)
+
+
+def _recalled(operator: Operator, x: Tensor, values: Tensor, bias: Tensor | None) -> Call | None:
     call = operator.recall(x)
     if (
         call is None
@@ -117,7 +136,7 @@ def apply_again(operator: Operator, x: Tensor, values: Tensor, bias: Tensor | No
         or torch.is_autocast_enabled("cpu")
     ):
         return None
-    return _run(operator, call, x, values, bias)
+    return call
 
 
 def apply_finished(

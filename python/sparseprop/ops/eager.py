@@ -13,7 +13,7 @@ from sparseprop.ops.call import Call
 from sparseprop.ops.layout import sum_channels
 from sparseprop.ops.operator import Operator
 
-__all__ = ["contract", "contract_backward"]
+__all__ = ["contract", "contract_backward", "contract_shared"]
 
 
 class Forward(Function):
@@ -40,6 +40,34 @@ class Forward(Function):
         if needs[2]:
             grad_bias = sum_channels(grad, ctx.operator.geometry.dims)
         return grad_x, grad_values, grad_bias, None, None
+
+
+class Shared(Function):
+    """(contract(x, values) + bias, x) for an `x` that has other readers, which take the second in its place.
+
+    Their gradient comes through here then, and is added where the input gradient is stored rather than by
+    autograd in a pass of its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, operator: Operator, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return Forward.forward(ctx, x, values, bias, operator, call), x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, added: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return added, None, None, None, None
+        if added is None:
+            return Forward.backward(ctx, grad)
+        if torch.is_grad_enabled():
+            grad_x, *others = Forward.backward(ctx, grad)
+            return added if grad_x is None else grad_x + added, *others
+        x, values = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        return (*ctx.operator.backward(ctx.call, grad, x, values, needs, added), None, None)
 
 
 class Backward(Function):
@@ -83,4 +111,5 @@ class Backward(Function):
 
 
 contract = cast("Callable[[Tensor, Tensor, Tensor | None, Operator, Call], Tensor]", Forward.apply)
+contract_shared = cast("Callable[..., tuple[Tensor, Tensor]]", Shared.apply)
 contract_backward = cast("Callable[..., tuple[Tensor | None, Tensor | None]]", Backward.apply)

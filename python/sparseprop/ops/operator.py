@@ -122,10 +122,12 @@ class Operator:
         x: Tensor | None,
         values: Tensor | None,
         needs: tuple[bool, bool, bool],
+        added: Tensor | None = None,
     ) -> Gradients:
         """Gradients for (input, values, bias) where `needs` says so, else None; `grad` may have any strides.
 
-        `x` may be None if no values gradient is needed, `values` if no input gradient is.
+        `x` may be None if no values gradient is needed, `values` if no input gradient is. `added`, of the
+        input's shape and dtype, becomes part of the input gradient.
         """
         self.require_unchanged()
         grad_x = grad_values = grad_bias = None
@@ -139,7 +141,11 @@ class Operator:
         if needs[2]:
             grad_bias = torch.empty(self.geometry.out_channels, dtype=call.wide)
         if call.trivial:
-            return self._trivial_gradients(grad, grad_x, grad_values, grad_bias)
+            return self._trivial_gradients(grad, grad_x, grad_values, grad_bias, added)
+        also: tuple[int, Five] | tuple[()] = ()
+        if added is not None:
+            added, added_strides = self._readable(added)
+            also = added.data_ptr(), added_strides
         grad_strides: Five | None = call.out_strides
         if grad.stride() != call.out_memory or grad.is_neg():
             grad, grad_strides = self._readable(grad)
@@ -165,6 +171,7 @@ class Operator:
             call.grad_strides,
             0 if grad_values is None else grad_values.data_ptr(),
             0 if grad_bias is None else grad_bias.data_ptr(),
+            *also,
         )
         return grad_x, grad_values, grad_bias
 
@@ -183,14 +190,19 @@ class Operator:
         return five_strides(call.in_shape, dense_strides(call.in_shape, PLAIN, dims), dims)
 
     def _trivial_gradients(
-        self, grad: Tensor, grad_x: Tensor | None, grad_values: Tensor | None, grad_bias: Tensor | None
+        self,
+        grad: Tensor,
+        grad_x: Tensor | None,
+        grad_values: Tensor | None,
+        grad_bias: Tensor | None,
+        added: Tensor | None,
     ) -> Gradients:
         for tensor in (grad_x, grad_values):
             if tensor is not None:
                 tensor.zero_()
         if grad_bias is not None:
             grad_bias = sum_channels(grad, self.geometry.dims)
-        return grad_x, grad_values, grad_bias
+        return grad_x if added is None else added, grad_values, grad_bias
 
 
 def _version(tensor: Tensor) -> int:

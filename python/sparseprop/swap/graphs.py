@@ -28,6 +28,7 @@ __all__ = [
     "name_of",
     "only_user",
     "own_graph",
+    "writes",
 ]
 
 FUNCTION = "relu()"
@@ -119,7 +120,7 @@ def may_wait(nodes: Sequence[fx.Node], module: nn.Module) -> bool:
     first, moved = nodes[-1], nodes[1:]
     moved_past = [step for step in _between(first, last) if step not in moved]
     targets = {node.target for node in moved if node.op == "call_module"}
-    return not any(_writes(step, module) or step.target in targets for step in moved_past)
+    return not any(writes(step, module) or step.target in targets for step in moved_past)
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
@@ -130,7 +131,7 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
             yield node
 
 
-def _writes(node: fx.Node, module: nn.Module) -> bool:
+def writes(node: fx.Node, module: nn.Module) -> bool:
     """Whether a call may change a tensor that it was given, which a call moved past it might read."""
     if node.op == "call_module":
         return any(

@@ -17,6 +17,7 @@ from torch import nn
 from sparseprop.nn.hooks import hooked
 from sparseprop.nn.mixin import Mixin, mix
 from sparseprop.swap.matches import Matches, matches
+from sparseprop.swap.sharing import share_inputs
 from sparseprop.swap.tracing import none_by_default
 
 __all__ = ["Rewritten", "rewrite"]
@@ -82,14 +83,14 @@ def rewrite(module: nn.Module) -> None:
 
 def _attach(module: Rewritten) -> None:
     found = {training: matches(module, training) for training in (True, False)}
-    by_mode = {training: _forward(module, found[training]) for training in found}
+    by_mode = {training: _forward(module, found[training], training) for training in found}
     inlined = max(found[True].inlined, found[False].inlined, key=len)
     names = tuple(inspect.signature(module._base.forward).parameters)[1:]
     absent = frozenset(none_by_default(module))
     vars(module)[_RUNS] = _Runs(by_mode, inlined, _children(module, inlined), names, absent)
 
 
-def _forward(module: nn.Module, matches: Matches) -> Callable[..., Any]:
+def _forward(module: nn.Module, matches: Matches, training: bool) -> Callable[..., Any]:
     """The module's forward, as a function of it, with every match made one call."""
     if not matches.found:
         return getattr(module, "_base", type(module)).forward
@@ -101,6 +102,8 @@ def _forward(module: nn.Module, matches: Matches) -> Callable[..., Any]:
         last.replace_all_uses_with(call)
         for node in match.replaced():
             graph.erase_node(node)
+    if training:
+        share_inputs(graph, module)
     code = graph.python_code("self")
     names = dict(code.globals)
     exec(code.src, names)
