@@ -1,124 +1,26 @@
-// Batch 16, two threads of a Xeon, in training, before `pad_plane`, forward / backward, beside the steps one by one in contiguous and in channels_last layout (ms):
-//   144 planes of 56x56  6.0 / 16  (17 / 29, 14 / 25)      384 of 14x14  1.7 / 4.8  (3.4 / 5.4, 2.7 / 4.1)
-//   96 of 112x112, stride 2  12 / 31  (27 / 50, 21 / 41)   960 of 7x7    2.0 / 5.9  (2.5 / 3.9, 1.9 / 3.0)
+// Batch 32, two threads of an EPYC (Zen 5), in training, forward / backward (ms); in brackets with the sums of each batch norm in
+// a pass of their own and the convolution's two gradients apart, as it was before:
+//   144 planes of 56x56             4.5 / 9.3 (5.8 / 15)    384 of 14x14  1.0 / 2.3 (1.6 / 4.3)
+//    96 of 112x112, stride 2        7.5 / 16 (8.6 / 28)     960 of 7x7    1.4 / 3.5 (1.9 / 5.5)
 // Small planes gain nothing by themselves; networks gain, as what surrounds them stays contiguous.
-// Tried: whole planes normalized, then copied into their padding (5 % slower); sums in a pass of their own over the
-// planes of all images (no difference); small planes one by one in training (no difference in MobileNetV2's step); two rows
-// of outputs at once, which saves a third of the loads (0 to 15 % slower), two padded planes in turn, so that no load waits
-// for a store just done (no difference).
-#include "chain.h"
-
-#include <limits>
-
-#include "depthwise.h"
-#include "norm_tasks.h"
-#include "run.h"
+// Tried: whole planes normalized, then copied into their padding (5 % slower); small planes one by one in training (no
+// difference in MobileNetV2's step); two rows of outputs at once, which saves a third of the loads (0 to 15 % slower), two padded
+// planes in turn, so that no load waits for a store just done (no difference).
+#include "chain_tasks.h"
 
 namespace sparseprop {
 namespace {
 
-// One side of the convolution: the planes there, and what the batch norm of that side does to each channel.
 template <class S>
-struct Side {
-  NormShape shape;
-  Channels<S> per;
-
-  Side(int64_t images, int64_t channels, int64_t inner, double cap, bool training)
-      : shape{images, channels, inner, cap}, per(channels, training) {}
-
-  int64_t at(int64_t image, int64_t c) const { return (image * shape.channels + c) * shape.inner; }
-  double count() const { return double(shape.outer * shape.inner); }
-  template <class Call>
-  void affine(const Call& call, int64_t c) { per.affine(c, call.gamma, call.beta, call.mean[c], call.inv_std[c]); }
-
-  ChannelFinish<S> finish(int64_t c) const {
-    constexpr S most = std::numeric_limits<S>::infinity();
-    const S cap = static_cast<S>(shape.cap);
-    return {per.scale[c], per.shift[c], cap > S(0) ? S(0) : -most, cap > S(0) ? cap : most};
-  }
-  // One plane of channel c, at x, as rows of `width`.
-  NormArgs<S> plane(int64_t c, const S* x, int64_t width, PlaneRows<S> out) const {
-    NormArgs<S> a{};
-    a.rows = shape.inner / width;
-    a.channels = 1;
-    a.n = a.pitch = a.x_pitch = width;
-    a.out_pitch = out.pitch;
-    a.cap = static_cast<S>(shape.cap);
-    a.x = x;
-    a.out = out.data;
-    per.point(a, c);
-    return a;
-  }
-  // Adjacent channels in some images.
-  NormArgs<S> planes(int64_t first, int64_t channels, int64_t images, const S* x) const {
-    NormArgs<S> a{};
-    a.rows = images;
-    a.channels = channels;
-    a.n = shape.inner;
-    a.pitch = a.x_pitch = a.out_pitch = shape.channels * shape.inner;
-    a.cap = static_cast<S>(shape.cap);
-    a.x = x;
-    per.point(a, first);
-    return a;
-  }
-};
-
-// Some adjacent channels, on one thread.
-template <class S>
-class Task {
+class ForwardTask : ChainTask<S> {
  public:
-  Task(const ChainShape& shape, Side<S>& before, Side<S>& behind, DepthwisePlane<S>& convolution, int64_t first,
-       int64_t channels, const S* x, bool normed)
-      : windows_(shape.windows), before_(before), behind_(behind), first_(first), channels_(channels),
-        taps_(shape.windows.taps()), x_(x), normed_(normed), convolution_(convolution),
-        scratch_(table<S>().planes.scratch_per_channel * channels) {}
-
- protected:
-  int64_t images() const { return before_.shape.outer; }
-  // visit(channel)
-  template <class Visit>
-  void channels(Visit visit) const {
-    for (int64_t c = first_; c < first_ + channels_; ++c) visit(c);
-  }
-
-  // The convolution's input of one plane.
-  void load(int64_t image, int64_t c) {
-    const S* const x = x_ + before_.at(image, c);
-    const PlaneRows<S> to = convolution_.input();
-    if (normed_) {
-      const int64_t ahead = image + 1 < images() ? before_.at(1, 0) : 0;
-      return table<S>().pad_plane({x, windows_.in[0], windows_.in[1], ahead, to.data, to.pitch, before_.finish(c)});
-    }
-    table<S>().move.copy(to.data, {to.pitch, 1}, x, {windows_.in[1], 1}, windows_.in[0], windows_.in[1]);
-  }
-
-  const Windows& windows_;
-  Side<S>&before_, &behind_;
-  const int64_t first_, channels_, taps_;
-  const S* const x_;
-  const bool normed_;
-  DepthwisePlane<S>& convolution_;
-  std::vector<S> scratch_;
-};
-
-template <class S>
-class ForwardTask : Task<S> {
- public:
-  using Task<S>::Task;
+  using ChainTask<S>::ChainTask;
 
   void run(const ChainForward<S>& call) {
-    if (call.first) statistics(this->before_, *call.first, this->x_);
-    const bool known = !call.second->training;  // then each plane is finished on its way into memory
-    if (known) statistics(this->behind_, *call.second, call.out);
-    for (int64_t image = 0; image < this->images(); ++image) {
-      this->channels([&](int64_t c) {
-        const ChannelFinish<S> finish = this->behind_.finish(c);
-        this->load(image, c);
-        this->convolution_.forward(call.weights + c * this->taps_, call.out + this->behind_.at(image, c), known ? &finish : nullptr);
-      });
-    }
-    if (known) return;
-    statistics(this->behind_, *call.second, call.out);
+    if (call.first) statistics(*call.first);
+    if (!call.second->training) return finished(call);
+    convolve(call);
+    for (int64_t c = this->first_; c < this->first_ + this->channels_; ++c) this->behind_.affine(*call.second, c);
     S* const out = call.out + this->behind_.at(0, this->first_);
     NormArgs<S> a = this->behind_.planes(this->first_, this->channels_, this->images(), out);
     a.out = out;
@@ -126,91 +28,124 @@ class ForwardTask : Task<S> {
   }
 
  private:
-  // The statistics of x if they are wanted, then what the batch norm does to each channel.
-  void statistics(Side<S>& side, const NormForward<S>& call, const S* x) {
+  // The statistics of x if they are wanted, then what the batch norm in front does to each channel.
+  void statistics(const NormForward<S>& call) {
     const int64_t first = this->first_, channels = this->channels_;
+    ChainSide<S>& side = this->before_;
     if (call.training) {
       std::vector<S> close(channels);
-      for (int64_t c = 0; c < channels; ++c) close[c] = x[side.at(0, first + c)];
+      for (int64_t c = 0; c < channels; ++c) close[c] = this->x_[side.at(0, first + c)];
       std::vector<double> sums(2 * channels, 0.0);
-      NormArgs<S> a = side.planes(first, channels, this->images(), x + side.at(0, first));
+      NormArgs<S> a = side.planes(first, channels, this->images(), this->x_ + side.at(0, first));
       a.mean = close.data();
       table<S>().planes.sums(a, sums.data(), sums.data() + channels, this->scratch_.data());
       for (int64_t c = 0; c < channels; ++c) finish_stats(call, first + c, side.count(), sums[c], sums[channels + c], close[c]);
     }
     for (int64_t c = first; c < first + channels; ++c) side.affine(call, c);
   }
+
+  // With known statistics each plane is finished on its way into memory.
+  void finished(const ChainForward<S>& call) {
+    this->channels([&](int64_t c) { this->behind_.affine(*call.second, c); });
+    for (int64_t image = 0; image < this->images(); ++image) {
+      this->channels([&](int64_t c) {
+        const ChannelFinish<S> finish = this->behind_.finish(c);
+        this->load(image, c);
+        this->convolution_.forward(call.weights + c * this->taps_, call.out + this->behind_.at(image, c), &finish, nullptr);
+      });
+    }
+  }
+
+  // Outputs, not normalized, and their statistics.
+  void convolve(const ChainForward<S>& call) {
+    const int64_t first = this->first_, images = this->images();
+    Partials<S> sums(this->channels_, 2, this->windows_.out);
+    std::vector<S> close(this->channels_);
+    for (int64_t image = 0; image < images; ++image) {
+      this->channels([&](int64_t c) {
+        const S* const weights = call.weights + c * this->taps_;
+        this->load(image, c);
+        if (image == 0) close[c - first] = this->convolution_.first_output(weights);
+        const NormSums<S> wanted = {nullptr, image + 1 < images ? this->behind_.at(1, 0) : 0, {}, close[c - first], sums.vectors(c - first)};
+        this->convolution_.forward(weights, call.out + this->behind_.at(image, c), nullptr, &wanted);
+      });
+      sums.add_up(image + 1 == images);
+    }
+    this->channels([&](int64_t c) {
+      finish_stats(*call.second, c, this->behind_.count(), sums.sum(c - first, 0), sums.sum(c - first, 1), close[c - first]);
+    });
+  }
 };
 
 template <class S>
-class BackwardTask : Task<S> {
+class BackwardTask : ChainTask<S> {
  public:
-  using Task<S>::Task;
+  using ChainTask<S>::ChainTask;
 
   // `convolved` has room for the convolution's outputs of these channels, in all images.
   void run(const ChainBackward<S>& call, S* convolved) {
-    const int64_t image_size = this->channels_ * this->behind_.shape.inner;
-    std::vector<double> sums(2 * this->channels_, 0.0), weights(this->channels_ * this->taps_, 0.0);
-    for (int64_t image = 0; image < this->images(); ++image) convolve(call, image, convolved + image * image_size, sums);
-    finish(this->behind_, *call.second, sums);
-    std::fill(sums.begin(), sums.end(), 0.0);
-    // backwards: the last images are still in the cache
-    for (int64_t image = this->images(); image-- > 0;) gradients(call, image, convolved + image * image_size, weights, sums);
-    for (size_t t = 0; call.grad_weights && t < weights.size(); ++t)
-      call.grad_weights[this->first_ * this->taps_ + t] = static_cast<S>(weights[t]);
-    if (!call.first || !call.grad_x) return;
-    finish(this->before_, *call.first, sums);
-    table<S>().planes.grad_apply(first_norm(call, 0, this->images()));
+    convolve(call, convolved);
+    gradients(call, convolved);
+    if (call.first && call.grad_x) table<S>().planes.grad_apply(first_norm(call));
   }
 
  private:
-  // Of one image: the convolution's outputs, and the sums of the batch norm behind it.
-  void convolve(const ChainBackward<S>& call, int64_t image, S* convolved, std::vector<double>& sums) {
-    NormArgs<S> a = this->behind_.planes(this->first_, this->channels_, 1, convolved);
-    a.grad = call.grad + this->behind_.at(image, this->first_);
-    a.mean = call.second->mean + this->first_;
-    this->channels([&](int64_t c) {
-      this->load(image, c);
-      this->convolution_.forward(call.weights + c * this->taps_, convolved, nullptr);
-      convolved += this->behind_.shape.inner;
-    });
-    add(a, sums);
+  // The convolution's outputs, and what the gradient of the batch norm behind it needs of all images.
+  void convolve(const ChainBackward<S>& call, S* convolved) {
+    const int64_t first = this->first_, images = this->images();
+    Partials<S> sums(this->channels_, 2, this->windows_.out);
+    for (int64_t image = 0; image < images; ++image) {
+      this->channels([&](int64_t c) {
+        const NormSums<S> wanted = {call.grad + this->behind_.at(image, c), image + 1 < images ? this->behind_.at(1, 0) : 0,
+                                    this->behind_.finish(c), call.second->mean[c], sums.vectors(c - first)};
+        this->load(image, c);
+        this->convolution_.forward(call.weights + c * this->taps_, convolved, nullptr, &wanted);
+        convolved += this->behind_.shape.inner;
+      });
+      sums.add_up(image + 1 == images);
+    }
+    finish(this->behind_, *call.second, sums);
   }
 
-  // Of one image: through the batch norm behind the convolution, the convolution, the activation in front of it.
-  void gradients(const ChainBackward<S>& call, int64_t image, const S* convolved, std::vector<double>& weights,
-                 std::vector<double>& sums) {
-    this->channels([&](int64_t c) {
-      NormArgs<S> a = this->behind_.plane(c, convolved, this->windows_.out[1], this->convolution_.grad());
-      a.grad = call.grad + this->behind_.at(image, c);
-      a.mean = call.second->mean + c;
-      table<S>().planes.grad_apply(a);
-      if (call.grad_weights) {
-        this->load(image, c);
-        this->convolution_.grad_weight(weights.data() + (c - this->first_) * this->taps_);
-      }
-      if (call.grad_x) this->convolution_.grad_input(call.weights + c * this->taps_, call.grad_x + this->before_.at(image, c));
-      convolved += this->behind_.shape.inner;
-    });
-    if (call.first && call.grad_x) add(first_norm(call, image, 1), sums);
+  // Through the batch norm behind the convolution, the convolution, the activation in front of it.
+  void gradients(const ChainBackward<S>& call, const S* convolved) {
+    const int64_t first = this->first_, taps = this->taps_, images = this->images();
+    Partials<S> sums(this->channels_, 2 + taps, this->windows_.in);
+    std::vector<S> nowhere(call.grad_x ? 0 : this->before_.shape.inner);
+    for (int64_t image = images; image-- > 0;) {  // backwards: the last images are still in the cache
+      const int64_t ahead = image > 0 ? -this->before_.at(1, 0) : 0;
+      this->channels([&](int64_t c) {
+        NormArgs<S> a = this->behind_.plane(c, convolved + (image * this->channels_ + c - first) * this->behind_.shape.inner,
+                                            this->windows_.out[1], this->convolution_.grad());
+        a.grad = call.grad + this->behind_.at(image, c);
+        a.mean = call.second->mean + c;
+        table<S>().planes.grad_apply(a);
+        const int64_t at = this->before_.at(image, c);
+        S* const vectors = sums.vectors(c - first);
+        const NormSums<S> front = {nullptr, 0, this->front(c), call.first ? call.first->mean[c] : S(0), vectors};
+        this->convolution_.backward(call.weights + c * taps, this->x_ + at, ahead, call.grad_x ? call.grad_x + at : nowhere.data(),
+                                    front, vectors + 2 * lanes<S>());
+      });
+      sums.add_up(image == 0);
+    }
+    for (int64_t c = 0; call.grad_weights && c < this->channels_; ++c)
+      for (int64_t t = 0; t < taps; ++t) call.grad_weights[(first + c) * taps + t] = static_cast<S>(sums.sum(c, 1 + taps - t));
+    if (call.first) finish(this->before_, *call.first, sums);
   }
 
   // The batch norm in front of the convolution, in place.
-  NormArgs<S> first_norm(const ChainBackward<S>& call, int64_t image, int64_t images) const {
-    const int64_t at = this->before_.at(image, this->first_);
-    NormArgs<S> a = this->before_.planes(this->first_, this->channels_, images, this->x_ + at);
+  NormArgs<S> first_norm(const ChainBackward<S>& call) const {
+    const int64_t at = this->before_.at(0, this->first_);
+    NormArgs<S> a = this->before_.planes(this->first_, this->channels_, this->images(), this->x_ + at);
     a.mean = call.first->mean + this->first_;
     a.grad = a.masked = a.out = call.grad_x + at;
     return a;
   }
 
-  void add(const NormArgs<S>& a, std::vector<double>& sums) {
-    table<S>().planes.grad_sums(a, sums.data(), sums.data() + this->channels_, this->scratch_.data());
-  }
-
-  void finish(Side<S>& side, const NormBackward<S>& call, const std::vector<double>& sums) {
+  // From the first two sums of each channel.
+  void finish(ChainSide<S>& side, const NormBackward<S>& call, const Partials<S>& sums) {
     for (int64_t c = 0; c < this->channels_; ++c)
-      finish_gradients(call, side.per, this->first_ + c, side.count(), sums[c], sums[this->channels_ + c]);
+      finish_gradients(call, side.per, this->first_ + c, side.count(), sums.sum(c, 0), sums.sum(c, 1));
   }
 };
 
@@ -232,8 +167,8 @@ void run_channels(const ChainShape& shape, bool backward, int64_t per_channel, R
 template <class S>
 void chain_forward(const ChainShape& shape, const ChainForward<S>& call) {
   const Windows& w = shape.windows;
-  Side<S> before(shape.images, shape.channels, w.in_size(), call.first_cap, call.first && call.first->training);
-  Side<S> behind(shape.images, shape.channels, w.out_size(), call.second_cap, call.second->training);
+  ChainSide<S> before(shape.images, shape.channels, w.in_size(), call.first_cap, call.first && call.first->training);
+  ChainSide<S> behind(shape.images, shape.channels, w.out_size(), call.second_cap, call.second->training);
   run_channels<S>(shape, false, 0, [&](int64_t first, int64_t channels, DepthwisePlane<S>& convolution, S*) {
     ForwardTask<S>(shape, before, behind, convolution, first, channels, call.x, call.first).run(call);
   });
@@ -242,8 +177,8 @@ void chain_forward(const ChainShape& shape, const ChainForward<S>& call) {
 template <class S>
 void chain_backward(const ChainShape& shape, const ChainBackward<S>& call) {
   const Windows& w = shape.windows;
-  Side<S> before(shape.images, shape.channels, w.in_size(), call.first_cap, call.first && call.first->training);
-  Side<S> behind(shape.images, shape.channels, w.out_size(), call.second_cap, call.second->training);
+  ChainSide<S> before(shape.images, shape.channels, w.in_size(), call.first_cap, call.first && call.first->training);
+  ChainSide<S> behind(shape.images, shape.channels, w.out_size(), call.second_cap, call.second->training);
   for (int64_t c = 0; c < shape.channels; ++c) {
     if (call.first) before.affine(*call.first, c);
     behind.affine(*call.second, c);

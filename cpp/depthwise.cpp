@@ -28,30 +28,31 @@ DepthwisePlane<S>::DepthwisePlane(const Windows& w, bool backward)
       flipped_(w.taps()) {}
 
 template <class S>
-void DepthwisePlane<S>::forward(const S* weights, S* out, const ChannelFinish<S>* finish) const {
+void DepthwisePlane<S>::forward(const S* weights, S* out, const ChannelFinish<S>* finish, const NormSums<S>* sums) const {
   const Windows& w = windows_;
   kernels_of<S>(active_kernels()).depthwise({padded_.begin, padded_.pitch, w.kernel[0], w.kernel[1], w.stride[0], w.stride[1],
-                                             weights, out, w.out[1], w.out[0], w.out[1], nullptr, finish});
+                                             weights, out, w.out[1], w.out[0], w.out[1], finish, sums});
 }
 
 template <class S>
-void DepthwisePlane<S>::grad_weight(double* sums) {
-  const Windows& w = windows_;
-  kernels_of<S>(active_kernels()).depthwise_grad_weight({padded_.begin, padded_.pitch, w.kernel[0], w.kernel[1], w.stride[0],
-                                                         w.stride[1], nullptr, grad().data, grad().pitch, w.out[0],
-                                                         w.out[1], sums, nullptr});
+S DepthwisePlane<S>::first_output(const S* weights) const {
+  S sum = 0;
+  for (int64_t r = 0; r < windows_.kernel[0]; ++r)
+    for (int64_t c = 0; c < windows_.kernel[1]; ++c) sum += *weights++ * padded_.begin[r * padded_.pitch + c];
+  return sum;
 }
 
 template <class S>
-void DepthwisePlane<S>::grad_input(const S* weights, S* grad_plane) {
+void DepthwisePlane<S>::backward(const S* weights, const S* x, int64_t ahead, S* grad_x, const NormSums<S>& norm, S* weight_sums) {
   const Windows& w = windows_;
   const auto& kernels = kernels_of<S>(active_kernels());
   if (spreads_) {
     kernels.move.copy(spread_.first, {w.stride[0] * spread_.pitch, w.stride[1]}, grad_.data(), {w.out[1], 1}, w.out[0], w.out[1]);
   }
   std::reverse_copy(weights, weights + w.taps(), flipped_.begin());
-  kernels.depthwise({spread_.begin + w.padding[0] * spread_.pitch + w.padding[1], spread_.pitch, w.kernel[0], w.kernel[1], 1, 1,
-                     flipped_.data(), grad_plane, w.in[1], w.in[0], w.in[1], nullptr, nullptr});
+  kernels.depthwise_grad({spread_.begin + w.padding[0] * spread_.pitch + w.padding[1], spread_.pitch, w.kernel[0], w.kernel[1],
+                          w.stride[0], (w.kernel[0] - 1 - w.padding[0]) % w.stride[0], flipped_.data(), x, grad_x, w.in[0],
+                          w.in[1], ahead, norm, weight_sums});
 }
 
 template class DepthwisePlane<float>;

@@ -24,10 +24,11 @@ class DepthwisePlane {
   PlaneRows<S> input() { return {padded_.first, padded_.pitch}; }
   PlaneRows<S> grad() { return spreads_ ? PlaneRows<S>{grad_.data(), windows_.out[1]} : PlaneRows<S>{spread_.first, spread_.pitch}; }
 
-  // `finish` of the outputs, or null.
-  void forward(const S* weights, S* out, const ChannelFinish<S>* finish) const;
-  void grad_weight(double* sums);  // adds one number per tap
-  void grad_input(const S* weights, S* grad_plane);
+  // `finish` of the outputs, or null; or the sums of a batch norm behind, or null.
+  void forward(const S* weights, S* out, const ChannelFinish<S>* finish, const NormSums<S>* sums) const;
+  S first_output(const S* weights) const;
+  // From `grad()`, for a plane x that `norm` was done to on its way to `input()`; see `DepthwiseGradArgs`.
+  void backward(const S* weights, const S* x, int64_t ahead, S* grad_x, const NormSums<S>& norm, S* weight_sums);
 
  private:
   // A plane in zeros; rows begin at cache lines, `first` is where the plane's data begin.

@@ -84,8 +84,8 @@ class Block {
     const ChannelFinish<S> finish = {inner_.scale[c], inner_.shift[c], cap > 0 ? S(0) : -most, cap > 0 ? cap : most};
     kernels_of<S>(active_kernels()).depthwise(
         {data - padded_.before + rows.begin * w.stride[0] * padded_.pitch, padded_.pitch, w.kernel[0], w.kernel[1], w.stride[0], w.stride[1],
-         static_cast<const S*>(block_.weights) + c * w.taps(), out + rows.begin * w.out[1], w.out[1], rows.size(), w.out[1], nullptr,
-         &finish});
+         static_cast<const S*>(block_.weights) + c * w.taps(), out + rows.begin * w.out[1], w.out[1], rows.size(), w.out[1], &finish,
+         nullptr});
   }
 
   void expand(Range images, S* data) const {

@@ -145,8 +145,21 @@ struct PaddingArgs {
   ChannelFinish<S> finish;
 };
 
-// Depthwise convolution of a plane padded with zeros, which may be read as far as a whole vector of outputs needs; or the
-// gradient of its weights: the sums over `out`, which then holds the gradient and is only read.
+// Partial sums of one channel, in vectors side by side: `lanes` elements for each, of which an ISA may use the first ones.
+// Whoever made them adds up all.
+//
+// Of what a batch norm sees: y - mean and its square; with its gradient, g and g * (y - mean), where g is what the
+// activation lets pass.
+template <class S>
+struct NormSums {
+  const S* grad;    // or null
+  ptrdiff_t ahead;  // what lies so many elements behind `grad`, or the outputs without one, is wanted next
+  ChannelFinish<S> finish;
+  S mean;      // any number close to it will do without a gradient
+  S* partial;  // two vectors
+};
+
+// Depthwise convolution of a plane padded with zeros, which may be read as far as a whole vector of outputs needs.
 template <class S>
 struct DepthwiseArgs {
   const S* padded;
@@ -154,8 +167,24 @@ struct DepthwiseArgs {
   const S* weights;
   S* out;  // `rows` of n adjacent elements
   ptrdiff_t out_pitch, rows, n;
-  double* sums;
   const ChannelFinish<S>* finish;  // of the outputs, or null
+  const NormSums<S>* sums;         // of the outputs, in rows without gaps, or null; not both
+};
+
+// Its gradients, of a plane x that goes through `norm` (whose gradient is not known yet) before the convolution:
+// grad_x[i] = what the activation lets pass of the sum over t of weights[t] * grad[i + t], and its sums; to the sums of
+// weight t, a vector each, comes activation(x[i]) * grad[i + t]. Weights, and their sums, from last to first.
+template <class S>
+struct DepthwiseGradArgs {
+  const S* grad;  // padded with zeros, at the distance of the windows: every element of x has a window of it
+  ptrdiff_t pitch, kernel_rows, kernel_columns;
+  ptrdiff_t row_stride, first_row;  // rows of the window that hold a gradient, of that around the first row of x
+  const S* weights;
+  const S* x;
+  S* grad_x;  // `rows` of n adjacent elements, like x
+  ptrdiff_t rows, n, ahead;  // what lies `ahead` elements behind x is wanted next
+  NormSums<S> norm;
+  S* weight_sums;
 };
 
 // Dense product: c[r * c_pitch + j] = (or +=) sum over k < depth of A(r, k) * b[k * b_pitch + j], where A(r, k) is
@@ -212,7 +241,7 @@ struct KernelsOf {
   void (*max_pool_row)(const PoolRow<S>&);
   void (*pad_plane)(const PaddingArgs<S>&);
   void (*depthwise)(const DepthwiseArgs<S>&);
-  void (*depthwise_grad_weight)(const DepthwiseArgs<S>&);
+  void (*depthwise_grad)(const DepthwiseGradArgs<S>&);
 };
 
 struct Kernels {

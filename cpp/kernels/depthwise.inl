@@ -2,7 +2,7 @@
 // of small kernels in registers. Limit: nine loads a vector, two of three across cache lines, 7.5 cycles; about 18 reached
 // on planes of 56x56, with the plane, its output and what the chain reads next in and out of L1.
 #pragma once
-#include "lanes.inl"
+#include "channel.inl"
 
 namespace sparseprop {
 
@@ -14,7 +14,7 @@ struct Depthwise : private Lanes<V> {
 
   // Fields are read one by one: a small plane takes no longer than the stall of a wide load of fields just stored.
   static void pad(const PaddingArgs<S>& a) {
-    const Finish finish(a.finish);
+    const ChannelNorm<V> norm(a.finish);
     const S* x = a.x;
     S* to = a.to;
     const ptrdiff_t columns = a.columns, pitch = a.pitch, ahead = a.ahead;
@@ -22,28 +22,29 @@ struct Depthwise : private Lanes<V> {
       for (ptrdiff_t i = 0; i < columns; i += w) {
         const ptrdiff_t count = columns - i < w ? columns - i : w;
         __builtin_prefetch(x + i + ahead);
-        put(finish(get(x + i, count)), to + i, count);
+        put(norm.activated(norm.normed(get(x + i, count))), to + i, count);
       }
     }
   }
   static void forward(const DepthwiseArgs<S>& a) {
     pick(a, [&a](auto kernel, auto stride) {
-      a.finish ? forward_as<kernel.value, stride.value>(a, Finish(*a.finish)) : forward_as<kernel.value, stride.value>(a, Nothing{});
+      const auto run = [&a](auto then) { forward_as<decltype(kernel)::value, decltype(stride)::value>(a, then); };
+      if (a.finish) return run(Finished(*a.finish));
+      if (!a.sums) return run(Plain{});
+      a.sums->grad ? run(GradientSums<V>(*a.sums)) : run(Statistics<V>(*a.sums));
     });
-  }
-  static void grad_weight(const DepthwiseArgs<S>& a) {
-    pick(a, [&a](auto kernel, auto stride) { grad_weight_as<kernel.value, stride.value>(a); });
   }
 
  private:
-  struct Finish {
-    V scale, shift, low, cap;
-    explicit Finish(const ChannelFinish<S>& f)
-        : scale(V::broadcast(f.scale)), shift(V::broadcast(f.shift)), low(V::broadcast(f.low)), cap(V::broadcast(f.cap)) {}
-    V operator()(V x) const { return V::min(cap, V::max(low, V::fma(x, scale, shift))); }
+  // What follows a vector of outputs: then(outputs, where they go, their number in the plane, how many)
+  struct Finished : ChannelNorm<V> {
+    using ChannelNorm<V>::ChannelNorm;
+    V operator()(V y, S*, ptrdiff_t, ptrdiff_t) const { return ChannelNorm<V>::activated(ChannelNorm<V>::normed(y)); }
+    void store() const {}
   };
-  struct Nothing {
-    V operator()(V x) const { return x; }
+  struct Plain {
+    V operator()(V y, S*, ptrdiff_t, ptrdiff_t) const { return y; }
+    void store() const {}
   };
 
   template <int n>
@@ -61,15 +62,16 @@ struct Depthwise : private Lanes<V> {
   }
 
   template <int kernel, int stride, class Then>
-  static void forward_as(const DepthwiseArgs<S>& args, const Then then) {
-    const DepthwiseArgs<S> a = args;  // a copy that no store can change
+  static void forward_as(const DepthwiseArgs<S>& args, const Then& behind) {
+    const DepthwiseArgs<S> a = args;  // copies that no store can change
+    Then then = behind;
     if constexpr (kernel == 0) {
       rows(a, [&](const S* in, S* out, ptrdiff_t count) __attribute__((always_inline)) {
         V sum = V::zero();
         const S* weight = a.weights;
         for (ptrdiff_t r = 0; r < a.kernel_rows; ++r, in += a.pitch)
           for (ptrdiff_t c = 0; c < a.kernel_columns; ++c) sum = V::fma(V::broadcast(*weight++), Lanes<V>::template every<stride>(in + c, a.stride), sum);
-        put(then(sum), out, count);
+        put(then(sum, out, out - a.out, count), out, count);
       });
     } else {
       V weight[kernel * kernel];
@@ -81,38 +83,10 @@ struct Depthwise : private Lanes<V> {
           for (int c = 1; c < kernel; ++c) sum[r] = V::fma(weight[r * kernel + c], Lanes<V>::template every<stride>(in + r * a.pitch + c, a.stride), sum[r]);
         }
         for (int r = 1; r < kernel; ++r) sum[0] = V::add(sum[0], sum[r]);
-        put(then(sum[0]), out, count);
+        put(then(sum[0], out, out - a.out, count), out, count);
       });
     }
-  }
-
-  template <int kernel, int stride>
-  static void grad_weight_as(const DepthwiseArgs<S>& args) {
-    const DepthwiseArgs<S> a = args;
-    if constexpr (kernel == 0) {
-      for (ptrdiff_t r = 0; r < a.kernel_rows; ++r) {
-        for (ptrdiff_t c = 0; c < a.kernel_columns; ++c) {
-          V sum = V::zero();
-          rows(a, [&](const S* in, const S* grad, ptrdiff_t count) __attribute__((always_inline)) {
-            sum = V::fma(get(grad, count), V::keep_some(Lanes<V>::template every<stride>(in + r * a.pitch + c, a.stride), count), sum);
-          });
-          a.sums[r * a.kernel_columns + c] += static_cast<double>(sum.sum());
-        }
-      }
-    } else {
-      V sum[kernel * kernel];
-      for (V& s : sum) s = V::zero();
-      rows(a, [&](const S* in, const S* grad, ptrdiff_t count) __attribute__((always_inline)) {
-        const V g = get(grad, count);
-        for (int r = 0; r < kernel; ++r) {
-          for (int c = 0; c < kernel; ++c) {
-            V& s = sum[r * kernel + c];
-            s = V::fma(g, V::keep_some(Lanes<V>::template every<stride>(in + r * a.pitch + c, a.stride), count), s);
-          }
-        }
-      });
-      for (int t = 0; t < kernel * kernel; ++t) a.sums[t] += static_cast<double>(sum[t].sum());
-    }
+    then.store();
   }
 
   // visit(first element of the windows, outputs, how many)

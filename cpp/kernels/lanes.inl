@@ -13,6 +13,8 @@ struct Lanes {
   static inline V get(const S* p, ptrdiff_t count) { return count == w ? V::loadu(p) : V::load_some(p, count); }
   static inline void put(V v, S* p, ptrdiff_t count) { count == w ? v.storeu(p) : v.store_some(p, count); }
 
+  static inline V only(V v, ptrdiff_t count) { return count == w ? v : V::keep_some(v, count); }
+
   // Every stride-th element; 0: every step-th, known at run time only.
   template <int stride>
   static inline V every(const S* p, ptrdiff_t step) {

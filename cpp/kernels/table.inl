@@ -3,6 +3,7 @@
 #include "attention.inl"
 #include "backward.inl"
 #include "depthwise.inl"
+#include "depthwise_grad.inl"
 #include "forward.inl"
 #include "gelu.inl"
 #include "move.inl"
@@ -35,7 +36,7 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           &MaxPool<V>::row,
           &Depthwise<V>::pad,
           &Depthwise<V>::forward,
-          &Depthwise<V>::grad_weight};
+          &DepthwiseGrad<V>::run};
 }
 
 template <class F32, class F64>
