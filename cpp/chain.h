@@ -21,7 +21,7 @@ struct ChainForward {
   S* out;
 };
 
-// grad_x and grad_weights may be null.
+// grad_x and grad_weights may be null; grad_x may be grad where outputs are as many as inputs.
 template <class S>
 struct ChainBackward {
   const NormBackward<S>*first, *second;

@@ -110,7 +110,7 @@ void norm_backward(const NormShape& shape, const NormBackward<S>& call) {
   Channels<S> per(channels, call.training);
   NormArgs<S> all{};
   all.cap = static_cast<S>(shape.cap);
-  all.past_cache = past_cache<S>(shape, call.pool);
+  all.past_cache = call.grad_x != call.grad && past_cache<S>(shape, call.pool);
   all.x = call.x;
   all.other = call.out;
   all.grad = call.grad;

@@ -27,6 +27,7 @@ struct NormForward {
   uint8_t* taps;
 };
 
+// grad_residual may be grad itself, or grad_x where there is no grad_residual.
 // `out` of the forward pass is needed for a ReLU after an addition only. Any of the results may be null, but
 // `grad_residual` if there was a residual before a ReLU. With a `pool`, grad is that of the pooling's result.
 template <class S>

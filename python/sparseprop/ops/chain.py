@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
 from sparseprop.ops.norm import batch_norm
+from sparseprop.ops.owned import holders, is_own
 from sparseprop.ops.stage import Stage, statistics, update_running
 from sparseprop.ops.windows import WindowSpec, empty_result, native_windows, windows_fit
 
@@ -116,6 +117,7 @@ class _Chain(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own = is_own(holders(grad), grad)
         x, weight1, bias1, weight, weight2, bias2, *kept = ctx.saved_tensors
         known = [(kept[i], kept[i + 1]) for i in range(0, len(kept), 2)]
         first_spec, windows, second_spec = ctx.specs
@@ -126,8 +128,9 @@ class _Chain(Function):
             second = _again(second, known[-1])
             found = _differentiable(grad, ctx.needs_input_grad, x, first, weight, windows, second)
         else:
-            grad = grad.resolve_neg().contiguous()
-            found = _backward(grad, ctx.needs_input_grad, x, first, weight, windows, second, known)
+            given, grad = grad, grad.resolve_neg().contiguous()
+            own = own or grad is not given
+            found = _backward(grad, ctx.needs_input_grad, x, first, weight, windows, second, known, own)
         return (*found, None, None, None)
 
 
@@ -150,11 +153,12 @@ def _backward(
     windows: WindowSpec,
     second: Stage,
     known: list[Known],
+    own: bool,  # grad may be overwritten
 ) -> tuple[Tensor | None, ...]:
     from sparseprop import _native as native
 
     on_the_way = any(needs[:3])  # to the first batch norm's parameters
-    grad_x = torch.empty_like(x) if on_the_way else None
+    grad_x = None if not on_the_way else grad if own and grad.shape == x.shape else torch.empty_like(x)
     per_channel = [x.new_empty(x.shape[1]) if needs[i] else None for i in (1, 2, 4, 5)]
     grad_weight = torch.empty_like(weight) if needs[3] else None
     native.chain_backward(

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from sparseprop.ops.call import Call
 from sparseprop.ops.layout import sum_channels
 from sparseprop.ops.operator import Operator
+from sparseprop.ops.owned import holders, is_own
 
 __all__ = ["contract", "contract_backward", "contract_shared"]
 
@@ -58,6 +59,7 @@ class Shared(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, added: Tensor | None) -> tuple[Tensor | None, ...]:
+        own = added is not None and is_own(holders(added), added)
         if grad is None:
             return added, None, None, None, None
         if added is None:
@@ -67,7 +69,7 @@ class Shared(Function):
             return added if grad_x is None else grad_x + added, *others
         x, values = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        return (*ctx.operator.backward(ctx.call, grad, x, values, needs, added), None, None)
+        return (*ctx.operator.backward(ctx.call, grad, x, values, needs, added, own), None, None)
 
 
 class Backward(Function):

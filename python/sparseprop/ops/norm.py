@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
+from sparseprop.ops.owned import holders, is_own
 from sparseprop.ops.pool import max_pool2d
 from sparseprop.ops.stage import NormSpec, Stage, statistics, update_running
 from sparseprop.ops.windows import empty_result, native_windows, windows_fit
@@ -148,12 +149,14 @@ class _BatchNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own = is_own(holders(grad), grad)
         x, weight, bias, mean, inv_std, signs, taps = ctx.saved_tensors
         if torch.is_grad_enabled():
             running = (None, None) if ctx.spec.training else (mean, inv_std**-2 - ctx.spec.eps)
             return (*_differentiable(grad, ctx, (x, weight, bias), running, signs), None, None, None)
-        grad = _like(grad, x) if taps is None else grad.resolve_neg().contiguous()
-        return (*_backward(grad, ctx, x, weight, bias, mean, inv_std, signs, taps), None, None, None)
+        given, grad = grad, _like(grad, x) if taps is None else grad.resolve_neg().contiguous()
+        own = taps is None and (own or grad is not given)
+        return (*_backward(grad, ctx, x, weight, bias, mean, inv_std, signs, taps, own), None, None, None)
 
 
 def _differentiable(
@@ -186,6 +189,7 @@ def _backward(
     inv_std: Tensor,
     signs: Any,
     taps: Any,
+    own: bool,  # grad may be overwritten
 ) -> tuple[Tensor | None, ...]:
     from sparseprop import _native as native
 
@@ -194,9 +198,10 @@ def _backward(
     shape: Shape = ctx.shape
     x = x.resolve_neg()
     pool = None if spec.pool is None else native_windows(x.shape, spec.pool)
-    grad_x = torch.empty_like(x) if for_x else None
     # after a ReLU the gradient of the residual is that of the sum, which the kernel needs in any case
-    masked = torch.empty_like(x) if signs is not None else None
+    masked = None if signs is None else grad if own else torch.empty_like(x)
+    in_place = own and masked is None and not for_residual
+    grad_x = None if not for_x else grad if in_place else torch.empty_like(x)
     grad_weight = x.new_empty(shape[1]) if for_weight else None
     grad_bias = x.new_empty(shape[1]) if for_bias else None
     native.norm_backward(

@@ -123,16 +123,19 @@ class Operator:
         values: Tensor | None,
         needs: tuple[bool, bool, bool],
         added: Tensor | None = None,
+        overwrite: bool = False,
     ) -> Gradients:
         """Gradients for (input, values, bias) where `needs` says so, else None; `grad` may have any strides.
 
         `x` may be None if no values gradient is needed, `values` if no input gradient is. `added`, of the
-        input's shape and dtype, becomes part of the input gradient.
+        input's shape and dtype, becomes part of the input gradient, which may `overwrite` it.
         """
         self.require_unchanged()
         grad_x = grad_values = grad_bias = None
         if needs[0]:
-            if call.layout == PLAIN:
+            if overwrite and added is not None and not call.trivial and self._fits(added, call):
+                grad_x = added
+            elif call.layout == PLAIN:
                 grad_x = grad.new_empty(call.in_shape)
             else:
                 grad_x = grad.new_empty_strided(call.in_shape, call.grad_memory)
@@ -174,6 +177,11 @@ class Operator:
             *also,
         )
         return grad_x, grad_values, grad_bias
+
+    @staticmethod
+    def _fits(tensor: Tensor, call: Call) -> bool:
+        """Whether it has the form of an input gradient."""
+        return tensor.stride() == call.grad_memory and tensor.shape == call.in_shape and not tensor.is_neg()
 
     def _readable(self, tensor: Tensor) -> tuple[Tensor, Five]:
         """A tensor of any strides, copied if the kernels could not read it, and its strides."""
