@@ -10,6 +10,7 @@ void bind_chain(py::module_& m);  // bindings_chain.cpp
 void bind_inverted(py::module_& m);   // bindings_inverted.cpp
 void bind_attention(py::module_& m);  // bindings_attention.cpp
 void bind_gelu(py::module_& m);       // bindings_gelu.cpp
+void bind_watch(py::module_& m);      // bindings_watch.cpp
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Kernels for sparse weights; use sparseprop.nn, not this module.";
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_inverted(m);
   bind_attention(m);
   bind_gelu(m);
+  bind_watch(m);
   m.def("available_isas", [] { return py::tuple(py::cast(available_isas())); });
   m.def("active_isa", [] { return std::string(active_kernels().name); });
   m.def("made_by_amd", &made_by_amd);

@@ -7,6 +7,7 @@ import torch
 
 from checks import BACKENDS, running
 from sparseprop.ops import attention
+from sparseprop.ops.inverted import InvertedBlock
 
 # torchvision's compiled operators need CUDA's runtime and do not load beside a CPU torch. Declaring the two
 # that its Python code registers fake kernels for lets it, and all that import it, load.
@@ -49,3 +50,18 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     forward = attention._forward
     monkeypatch.setattr(attention, "_forward", lambda *args: (calls.append(1), forward(*args))[1])
     return calls
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The outcome of every try to run a block as one call."""
+    done: list[bool] = []
+    usual = InvertedBlock.__call__
+
+    def counting(self: InvertedBlock, x: torch.Tensor) -> torch.Tensor | None:
+        out = usual(self, x)
+        done.append(out is not None)
+        return out
+
+    monkeypatch.setattr(InvertedBlock, "__call__", counting)
+    return done

@@ -9,64 +9,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from checks import running
+from inverted_cases import CHANGES, CONVOLUTIONS, block, check, images
 from sparseprop import fuse, swap_modules
 from sparseprop.backend import available_isas
 from sparseprop.nn import SparseConv2d
 from sparseprop.nn.base import SparseLayer
-from sparseprop.ops.inverted import InvertedBlock
 
-CONVOLUTIONS = {
-    "3x3": {"kernel_size": 3, "padding": 1},
-    "3x3 by 2": {"kernel_size": 3, "padding": 1, "stride": 2},
-    "5x5 by 2": {"kernel_size": 5, "padding": 2, "stride": 2},
-    "3x2 by 1, 3": {"kernel_size": (3, 2), "padding": (1, 1), "stride": (1, 3)},
-    "unpadded": {"kernel_size": 2},
-}
 SHAPES = [(1, 5, 6), (5, 7, 7), (2, 13, 70), (33, 3, 3), (3, 40, 40)]  # images, height, width
-
-
-def stage(layer, activation):
-    return [layer, nn.BatchNorm2d(layer.out_channels), *([activation] if activation else [])]
-
-
-def block(convolution, *, expand=True, last=None, bias=False, dtype=torch.float64):
-    """6 channels to 9 over 20 (or over 6), sparse where it is not depthwise, with statistics of its own."""
-    torch.manual_seed(3)
-    inner = 20 if expand else 6
-    first = stage(SparseConv2d.random(6, inner, 1, density=0.4, bias=bias), nn.ReLU6()) if expand else []
-    middle = stage(nn.Conv2d(inner, inner, groups=inner, bias=False, **convolution), nn.ReLU())
-    end = stage(SparseConv2d.random(inner, 9, 1, density=0.3, bias=bias), last)
-    model = nn.Sequential(*first, *middle, *end)
-    for norm in model:
-        if isinstance(norm, nn.BatchNorm2d):
-            for tensor in (norm.running_mean, norm.weight, norm.bias):
-                nn.init.normal_(tensor)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-    return model.to(dtype).eval()
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-    """The outcome of every try to run a block as one call."""
-    done, usual = [], InvertedBlock.__call__
-
-    def counting(self, x):
-        out = usual(self, x)
-        done.append(out is not None)
-        return out
-
-    monkeypatch.setattr(InvertedBlock, "__call__", counting)
-    return done
-
-
-def images(shape, dtype=torch.float64):
-    count, height, width = shape
-    return torch.randn(count, 6, height, width, dtype=dtype, generator=torch.Generator().manual_seed(1))
-
-
-def check(model, fused, x, **tolerance):
-    with torch.no_grad():
-        torch.testing.assert_close(fused(x), model(x), **tolerance)
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -106,50 +55,7 @@ def test_results_do_not_depend_on_the_number_of_threads(at_once):
     assert all(at_once)
 
 
-def zero_values(model):
-    model[0].weight_values.data.zero_()
-
-
-def other_memory(model):
-    model[6].weight_values.data = model[6].weight_values.data * 2
-
-
-def other_parameter(model):
-    model[3].weight = nn.Parameter(model[3].weight.detach() * 2)
-
-
-def other_statistics(model):
-    model[4].running_mean = model[4].running_mean + 1
-
-
-def other_eps(model):
-    model[1].eps = 0.5
-
-
-def other_pattern(model):
-    state = SparseConv2d.random(20, 9, 1, density=0.5, bias=False, dtype=torch.float64).state_dict()
-    model[6].load_state_dict(state)
-
-
-def other_stride(model):
-    model[3].stride = (2, 2)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        zero_values,
-        other_memory,
-        other_parameter,
-        other_statistics,
-        other_eps,
-        other_pattern,
-        other_stride,
-        lambda model: model.float().double(),
-        lambda model: model[7].train(),
-        lambda model: model[4].register_parameter("bias", None),
-    ],
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_changes_between_calls_counts(at_once, change):
     model = block(CONVOLUTIONS["3x3"])
     fused = fuse(model, inplace=False)

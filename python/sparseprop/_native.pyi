@@ -275,3 +275,14 @@ def chain_backward(
     grad_weights: int,
 ) -> None:
     """Its gradients; those of the batch norms' parameters go to the stages' addresses."""
+
+class ModuleWatch:
+    """A module and all modules in it as they are now, but for the numbers in their tensors.
+
+    Counts: attributes, children, parameters, buffers, hooks, and where tensors lie; of integer tensors also
+    whether they were written to.
+    """
+
+    def __init__(self, module: object) -> None: ...
+    def holds(self, module: object) -> bool:
+        """Whether this is that module, and nothing has changed."""

@@ -18,6 +18,7 @@ from sparseprop.nn.mixin import Mixin, mix, unmix
 from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
 from sparseprop.nn.norm_act import NativeNormAct, has_own_activation, obstacle, own_cap
 from sparseprop.nn.pool import MaxPool2d
+from sparseprop.swap.blocks import calls_blocks
 from sparseprop.swap.decide import check_model
 from sparseprop.swap.graphs import FUNCTION
 from sparseprop.swap.matches import NormCall, norm_calls
@@ -144,7 +145,7 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         if type(module) is nn.MaxPool2d:
             module.__class__ = MaxPool2d
     for module in reversed(list(model.modules())):  # children first: a module knows their classes
-        if norm_calls(module):
+        if norm_calls(module) or calls_blocks(module):
             rewrite(module)
     return model
 

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import fx, nn
 
 from sparseprop.nn.hooks import hooked
-from sparseprop.nn.mixin import Mixin, mix
+from sparseprop.nn.inverted import BlockParts, MaybeInverted
+from sparseprop.nn.mixin import mix
+from sparseprop.swap.blocks import block_parts, calls_blocks, join_blocks
 from sparseprop.swap.matches import Matches, matches
 from sparseprop.swap.sharing import share_inputs
 from sparseprop.swap.tracing import none_by_default
@@ -27,9 +29,12 @@ _RUNS = "_sparseprop_runs"
 
 @dataclass(frozen=True)
 class _Runs:
-    """Forwards by `training`, which the traced code may depend on, and the children they know."""
+    """Forwards by `training`, which the traced code may depend on, and the children they know; the parts of
+    the forward in evaluation if it is a block.
+    """
 
     by_mode: dict[bool, Callable[..., Any]]
+    block: BlockParts | None
     inlined: tuple[str, ...]
     children: list[Any]
     names: tuple[str, ...]  # of the forward's arguments
@@ -53,7 +58,7 @@ def _children(module: nn.Module, inlined: tuple[str, ...]) -> list[Any]:
     return found
 
 
-class Rewritten(Mixin):
+class Rewritten(MaybeInverted):
     """Mixed into a module's class by `rewrite`; runs the changed forward of the mode it is in."""
 
     _sparseprop_runs: _Runs
@@ -69,6 +74,13 @@ class Rewritten(Mixin):
             return self._base.forward(self, *args, **kwargs)
         return runs.by_mode[self.training](self, *args, **kwargs)
 
+    def inverted_parts(self) -> BlockParts | None:
+        """The parts of the changed forward in evaluation, if it is a block's and would be run."""
+        runs: _Runs | None = vars(self).get(_RUNS)
+        if runs is None or runs.block is None or self.training:
+            return None
+        return runs.block if runs.children == _children(self, runs.inlined) else None
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _attach(self)
@@ -83,18 +95,23 @@ def rewrite(module: nn.Module) -> None:
 
 def _attach(module: Rewritten) -> None:
     found = {training: matches(module, training) for training in (True, False)}
-    by_mode = {training: _forward(module, found[training], training) for training in found}
+    graphs = {training: _changed(module, found[training], training) for training in found}
+    by_mode = {training: _forward(module, graph) for training, graph in graphs.items()}
+    block = block_parts(graphs[False])
     inlined = max(found[True].inlined, found[False].inlined, key=len)
     names = tuple(inspect.signature(module._base.forward).parameters)[1:]
     absent = frozenset(none_by_default(module))
-    vars(module)[_RUNS] = _Runs(by_mode, inlined, _children(module, inlined), names, absent)
+    vars(module)[_RUNS] = _Runs(by_mode, block, inlined, _children(module, inlined), names, absent)
 
 
-def _forward(module: nn.Module, matches: Matches, training: bool) -> Callable[..., Any]:
-    """The module's forward, as a function of it, with every match made one call."""
-    if not matches.found:
-        return getattr(module, "_base", type(module)).forward
-    graph = matches.found[0].replaced()[0].graph
+def _changed(module: nn.Module, matches: Matches, training: bool) -> fx.Graph | None:
+    """The graph of the module's forward with every match made one call; None if nothing changes."""
+    if matches.found:
+        graph = matches.found[0].replaced()[0].graph
+    elif training or (found := calls_blocks(module)) is None:
+        return None
+    else:
+        graph = found
     for match in matches.found:
         last, *_ = match.replaced()
         with graph.inserting_before(last):
@@ -102,8 +119,14 @@ def _forward(module: nn.Module, matches: Matches, training: bool) -> Callable[..
         last.replace_all_uses_with(call)
         for node in match.replaced():
             graph.erase_node(node)
-    if training:
-        share_inputs(graph, module)
+    share_inputs(graph, module) if training else join_blocks(graph, module)
+    return graph
+
+
+def _forward(module: nn.Module, graph: fx.Graph | None) -> Callable[..., Any]:
+    """The graph, or the module's own forward, as a function of the module."""
+    if graph is None:
+        return getattr(module, "_base", type(module)).forward
     code = graph.python_code("self")
     names = dict(code.globals)
     exec(code.src, names)
