@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import Function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseprop.nn import SparseConv2d
 from sparseprop.nn.shared import shared
@@ -163,6 +164,22 @@ def test_going_backward_twice_gives_the_same():
         loss = (first**2).sum() + sum((other**2).sum() for other in others)
         once = torch.autograd.grad(loss, x, retain_graph=True)[0].clone()
         assert torch.equal(torch.autograd.grad(loss, x)[0], once)
+
+
+class Keeping(TorchDispatchMode):
+    """Sees every tensor there is."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_overwritten_under_a_mode():
+    note = []
+    x = start()
+    loss = (Behind.apply(norm(x), note) * torch.randn(SHAPE)).sum()
+    with Keeping():
+        found = torch.autograd.grad(loss, x)[0]
+    assert found.data_ptr() != note[0]
 
 
 def test_a_retained_gradient_is_right():

@@ -9,6 +9,7 @@ in a graph where nobody else can be.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ class _Alone(Function):
         return grad
 
 
-def _count_alone() -> tuple[int, int, int] | None:
+@cache
+def _alone() -> tuple[int, int, int] | None:
+    """Counted in the first backward pass, not on import: processes may fork before autograd has run."""
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.ones(2, device="cpu", requires_grad=True)
         y = _Alone.apply(x)  # type: ignore[no-untyped-call]
@@ -56,9 +59,12 @@ def _count_alone() -> tuple[int, int, int] | None:
     return _Alone.found
 
 
-_ALONE = _count_alone()
-
-
 def is_own(found: tuple[int, int, int] | None, grad: Tensor) -> bool:
-    """Whether a gradient with these `holders` may be overwritten: not while the backward pass is recorded."""
-    return found is not None and found == _ALONE and type(grad) is Tensor and not torch.is_grad_enabled()
+    """Whether a gradient with these `holders` may be overwritten.
+
+    Not while the backward pass is recorded, nor under modes of torch, which see and may keep all tensors.
+    """
+    if found is None or type(grad) is not Tensor or torch.is_grad_enabled():
+        return False
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return not watched and found == _alone()
