@@ -66,7 +66,7 @@ class ForwardTask : ChainTask<S> {
         const S* const weights = call.weights + c * this->taps_;
         this->load(image, c);
         if (image == 0) close[c - first] = this->convolution_.first_output(weights);
-        const NormSums<S> wanted = {nullptr, image + 1 < images ? this->behind_.at(1, 0) : 0, {}, close[c - first], sums.vectors(c - first)};
+        const NormSums<S> wanted = {nullptr, this->behind_.ahead(image), {}, close[c - first], sums.vectors(c - first)};
         this->convolution_.forward(weights, call.out + this->behind_.at(image, c), nullptr, &wanted);
       });
       sums.add_up(image + 1 == images);
@@ -96,8 +96,8 @@ class BackwardTask : ChainTask<S> {
     Partials<S> sums(this->channels_, 2, this->windows_.out);
     for (int64_t image = 0; image < images; ++image) {
       this->channels([&](int64_t c) {
-        const NormSums<S> wanted = {call.grad + this->behind_.at(image, c), image + 1 < images ? this->behind_.at(1, 0) : 0,
-                                    this->behind_.finish(c), call.second->mean[c], sums.vectors(c - first)};
+        const NormSums<S> wanted = {call.grad + this->behind_.at(image, c), this->behind_.ahead(image), this->behind_.finish(c),
+                                    call.second->mean[c], sums.vectors(c - first)};
         this->load(image, c);
         this->convolution_.forward(call.weights + c * this->taps_, convolved, nullptr, &wanted);
         convolved += this->behind_.shape.inner;

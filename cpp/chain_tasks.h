@@ -21,6 +21,8 @@ struct ChainSide {
       : shape{images, channels, inner, cap}, per(channels, training) {}
 
   int64_t at(int64_t image, int64_t c) const { return (image * shape.channels + c) * shape.inner; }
+  // How far behind an image's plane the next image's lies, 0 behind the last.
+  int64_t ahead(int64_t image) const { return image + 1 < shape.outer ? at(1, 0) : 0; }
   double count() const { return double(shape.outer * shape.inner); }
   template <class Call>
   void affine(const Call& call, int64_t c) { per.affine(c, call.gamma, call.beta, call.mean[c], call.inv_std[c]); }
@@ -95,8 +97,8 @@ class Partials {
 template <class S>
 class ChainTask {
  public:
-  ChainTask(const ChainShape& shape, ChainSide<S>& before, ChainSide<S>& behind, DepthwisePlane<S>& convolution, int64_t first,
-       int64_t channels, const S* x, bool normed)
+  ChainTask(const ChainShape& shape, ChainSide<S>& before, ChainSide<S>& behind, DepthwisePlane<S>& convolution,
+            int64_t first, int64_t channels, const S* x, bool normed)
       : windows_(shape.windows), before_(before), behind_(behind), first_(first), channels_(channels),
         taps_(shape.windows.taps()), x_(x), normed_(normed), convolution_(convolution),
         scratch_(table<S>().planes.scratch_per_channel * channels) {}
@@ -114,8 +116,7 @@ class ChainTask {
     const S* const x = x_ + before_.at(image, c);
     const PlaneRows<S> to = convolution_.input();
     if (normed_) {
-      const int64_t ahead = image + 1 < images() ? before_.at(1, 0) : 0;
-      return table<S>().pad_plane({x, windows_.in[0], windows_.in[1], ahead, to.data, to.pitch, before_.finish(c)});
+      return table<S>().pad_plane({x, windows_.in[0], windows_.in[1], before_.ahead(image), to.data, to.pitch, before_.finish(c)});
     }
     table<S>().move.copy(to.data, {to.pitch, 1}, x, {windows_.in[1], 1}, windows_.in[0], windows_.in[1]);
   }

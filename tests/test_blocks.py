@@ -10,8 +10,8 @@ from torch import nn
 from inverted_cases import CHANGES, CONVOLUTIONS, block, check, images
 from sparseprop import fuse, unfuse
 from sparseprop._native import ModuleWatch
-from sparseprop.nn import SparseConv2d, inverted
-from sparseprop.nn.inverted import MaybeInverted
+from sparseprop.nn import SparseConv2d, blocks
+from sparseprop.nn.blocks import MaybeInverted
 from sparseprop.swap.blocks import calls_blocks
 
 
@@ -46,13 +46,13 @@ def network(nested=False):
 @pytest.fixture
 def looked_through(monkeypatch):
     """The blocks that were looked through in Python."""
-    found, usual = [], inverted._ready
+    found, usual = [], blocks._ready
 
     def counting(module, child, adds):
         found.append(module)
         return usual(module, child, adds)
 
-    monkeypatch.setattr(inverted, "_ready", counting)
+    monkeypatch.setattr(blocks, "_ready", counting)
     return found
 
 

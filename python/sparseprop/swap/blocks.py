@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from sparseprop.nn.inverted import BlockParts, MaybeInverted, inverted_blocks, inverted_residual
+from sparseprop.nn.blocks import BlockParts, MaybeInverted, inverted_blocks
+from sparseprop.nn.inverted import inverted_residual
 from sparseprop.nn.mixin import Mixin
 from sparseprop.swap import graphs
 

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from sparseprop.nn.blocks import BlockParts, MaybeInverted
 from sparseprop.nn.hooks import hooked
-from sparseprop.nn.inverted import BlockParts, MaybeInverted
 from sparseprop.nn.mixin import mix
 from sparseprop.swap.blocks import block_parts, calls_blocks, join_blocks
 from sparseprop.swap.matches import Matches, matches
