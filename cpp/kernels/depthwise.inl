@@ -1,5 +1,5 @@
-// Depthwise convolution of a padded plane, and its weight gradient: a row's outputs side by side in vectors, the weights
-// of small kernels in registers. Limit: nine loads a vector, two of three across cache lines, 7.5 cycles; about 18 reached
+// Depthwise convolution of a padded plane: a row's outputs side by side in vectors, the weights of small kernels in registers,
+// and what follows each vector (a batch norm with known statistics, or the sums of one) before it is stored. Limit: nine loads a vector, two of three across cache lines, 7.5 cycles; about 18 reached
 // on planes of 56x56, with the plane, its output and what the chain reads next in and out of L1.
 #pragma once
 #include "channel.inl"
