@@ -72,9 +72,10 @@ class Lines {
 // Where a tensor's elements lie, how many there are, of which type; of integers, also how often they were written to.
 class TensorFacts {
  public:
-  explicit TensorFacts(py::handle tensor) : tensor_(tensor), counted_(!py::cast<bool>(tensor.attr("is_floating_point")())) {
-    known_ = read(address_, size_, dtype_);
-    counted_ = counted_ && version(version_);
+  explicit TensorFacts(py::handle tensor) : tensor_(tensor) {
+    unsigned long long floating = 0;
+    known_ = number(PyObject_CallMethod(tensor.ptr(), "is_floating_point", nullptr), floating) && read(address_, size_, dtype_);
+    counted_ = !floating && version(version_);
   }
   bool hold() const {
     unsigned long long address, size, version_now = 0;
@@ -101,7 +102,7 @@ class TensorFacts {
   }
 
   py::handle tensor_;  // whoever made this keeps it
-  bool counted_, known_ = false;
+  bool counted_ = false, known_ = false;
   unsigned long long address_ = 0, size_ = 0, version_ = 0;
   const PyObject* dtype_ = nullptr;
 };
@@ -109,10 +110,11 @@ class TensorFacts {
 class ModuleFacts;
 
 // Keys and values of a dict, in order. Plain values and tensors are kept, so that no other can take their address; not what
-// might hold the module that this belongs to.
+// might hold the module that this belongs to. Of modules the children alone are looked into: an attribute may lead back.
 class DictFacts {
  public:
-  DictFacts(PyObject* dict, py::handle tensor_type, py::handle module_type, bool nested, Lines& lines);
+  enum class Kind { attributes, children, other };
+  DictFacts(PyObject* dict, py::handle tensor_type, py::handle module_type, Kind kind, Lines& lines);
   bool hold(PyObject* dict) const;
 
  private:
@@ -129,7 +131,7 @@ class DictFacts {
 class ModuleFacts {
  public:
   ModuleFacts(py::handle module, py::handle tensor_type, py::handle module_type, Lines& lines)
-      : type_(Py_TYPE(module.ptr())), attributes_(attributes_of(module.ptr()).ptr(), tensor_type, module_type, true, lines) {
+      : type_(Py_TYPE(module.ptr())), attributes_(attributes_of(module.ptr()).ptr(), tensor_type, module_type, DictFacts::Kind::attributes, lines) {
     lines.add(module.ptr(), static_cast<size_t>(Py_TYPE(module.ptr())->tp_basicsize));
   }
   bool hold(PyObject* module) const { return Py_TYPE(module) == type_ && attributes_.hold(attributes_of(module).ptr()); }
@@ -143,17 +145,18 @@ class ModuleFacts {
   DictFacts attributes_;
 };
 
-DictFacts::DictFacts(PyObject* dict, py::handle tensor_type, py::handle module_type, bool nested, Lines& lines) {
+DictFacts::DictFacts(PyObject* dict, py::handle tensor_type, py::handle module_type, Kind kind, Lines& lines) {
   if (dict == nullptr) throw py::error_already_set();
   lines.add_dict(dict);
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
     Entry entry{key, value, nullptr, nullptr};
     kept_.push_back(py::reinterpret_borrow<py::object>(key));
-    if (is_a(value, module_type)) {
+    if (kind == Kind::children && is_a(value, module_type)) {
       entry.module = std::make_unique<ModuleFacts>(value, tensor_type, module_type, lines);
-    } else if (nested && PyDict_Check(value)) {
-      entry.dict = std::make_unique<DictFacts>(value, tensor_type, module_type, false, lines);
+    } else if (kind == Kind::attributes && PyDict_Check(value)) {
+      const bool children = PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "_modules") == 0;
+      entry.dict = std::make_unique<DictFacts>(value, tensor_type, module_type, children ? Kind::children : Kind::other, lines);
     } else if (is_a(value, tensor_type)) {
       kept_.push_back(py::reinterpret_borrow<py::object>(value));
       tensors_.emplace_back(value);

@@ -1,7 +1,6 @@
 // What the tasks of a depthwise chain share: a group of channels with the batch norms on both sides.
 #pragma once
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "chain.h"
@@ -27,11 +26,7 @@ struct ChainSide {
   template <class Call>
   void affine(const Call& call, int64_t c) { per.affine(c, call.gamma, call.beta, call.mean[c], call.inv_std[c]); }
 
-  ChannelFinish<S> finish(int64_t c) const {
-    constexpr S most = std::numeric_limits<S>::infinity();
-    const S cap = static_cast<S>(shape.cap);
-    return {per.scale[c], per.shift[c], cap > S(0) ? S(0) : -most, cap > S(0) ? cap : most};
-  }
+  ChannelFinish<S> finish(int64_t c) const { return channel_finish(per.scale[c], per.shift[c], shape.cap); }
   // One plane of channel c, at x, as rows of `width`.
   NormArgs<S> plane(int64_t c, const S* x, int64_t width, PlaneRows<S> out) const {
     NormArgs<S> a{};
@@ -122,10 +117,7 @@ class ChainTask {
   }
 
   // What is done to channel c in front of the convolution.
-  ChannelFinish<S> front(int64_t c) const {
-    constexpr S most = std::numeric_limits<S>::infinity();
-    return normed_ ? before_.finish(c) : ChannelFinish<S>{S(1), S(0), -most, most};
-  }
+  ChannelFinish<S> front(int64_t c) const { return normed_ ? before_.finish(c) : channel_finish(S(1), S(0), 0); }
 
   const Windows& windows_;
   ChainSide<S>&before_, &behind_;

@@ -79,9 +79,7 @@ class Block {
   void convolve(int64_t plane, Range rows, const S* data, S* out) const {
     const int64_t c = plane % block_.channels;
     const Windows& w = block_.windows;
-    const S cap = static_cast<S>(block_.norm.cap);
-    constexpr S most = std::numeric_limits<S>::infinity();
-    const ChannelFinish<S> finish = {inner_.scale[c], inner_.shift[c], cap > 0 ? S(0) : -most, cap > 0 ? cap : most};
+    const ChannelFinish<S> finish = channel_finish(inner_.scale[c], inner_.shift[c], block_.norm.cap);
     kernels_of<S>(active_kernels()).depthwise(
         {data - padded_.before + rows.begin * w.stride[0] * padded_.pitch, padded_.pitch, w.kernel[0], w.kernel[1], w.stride[0], w.stride[1],
          static_cast<const S*>(block_.weights) + c * w.taps(), out + rows.begin * w.out[1], w.out[1], rows.size(), w.out[1], &finish,

@@ -2,8 +2,10 @@
 // its input.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <vector>
 
+#include "kernels.h"
 #include "windows.h"
 
 namespace sparseprop {
@@ -49,6 +51,13 @@ struct Affine {
     shift = static_cast<S>((beta ? double(beta[c]) : 0.0) - mean * factor);
   }
 };
+
+// The same with an activation behind it, as kernels take it.
+template <class S>
+ChannelFinish<S> channel_finish(S scale, S shift, double cap) {
+  constexpr S most = std::numeric_limits<S>::infinity();
+  return {scale, shift, cap > 0 ? S(0) : -most, cap > 0 ? static_cast<S>(cap) : most};
+}
 
 // A batch norm whose statistics are known and the activation behind it, as arrays per channel; gamma and beta may be null.
 struct KnownNorm {

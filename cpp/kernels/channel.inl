@@ -14,9 +14,7 @@ struct ChannelNorm {
   V normed(V x) const { return V::fma(x, scale, shift); }
   V activated(V y) const { return V::min(cap, V::max(low, y)); }
   // The gradient where the activation let y pass.
-  V gated(V y, V grad) const { return V::where_positive(subtract(cap, y), V::where_positive(subtract(y, low), grad)); }
-
-  static V subtract(V a, V b) { return V::fma(b, V::broadcast(S(-1)), a); }
+  V gated(V y, V grad) const { return V::where_positive(Lanes<V>::subtract(cap, y), V::where_positive(Lanes<V>::subtract(y, low), grad)); }
 };
 
 // one += a, two += b * c, kept in memory between planes.
@@ -47,7 +45,7 @@ struct Statistics : TwoSums<V> {
 
   SPARSEPROP_INLINE V operator()(V y, S* out, ptrdiff_t, ptrdiff_t count) {
     __builtin_prefetch(out + ahead, 1);
-    const V d = Lanes<V>::only(ChannelNorm<V>::subtract(y, mean), count);
+    const V d = Lanes<V>::only(Lanes<V>::subtract(y, mean), count);
     this->add(d, d, d);
     return y;
   }
@@ -67,7 +65,7 @@ struct GradientSums : TwoSums<V>, private Lanes<V> {
   SPARSEPROP_INLINE V operator()(V y, S*, ptrdiff_t at, ptrdiff_t count) {
     __builtin_prefetch(grad + at + ahead);
     const V g = norm.gated(norm.normed(y), Lanes<V>::get(grad + at, count));
-    this->add(g, g, Lanes<V>::only(ChannelNorm<V>::subtract(y, mean), count));
+    this->add(g, g, Lanes<V>::only(Lanes<V>::subtract(y, mean), count));
     return y;
   }
 };

@@ -30,7 +30,7 @@ struct DepthwiseGrad : private Lanes<V> {
     // The gradient that reaches x, whose normed value is y, from that behind the activation.
     SPARSEPROP_INLINE V through(V x, V y, V grad, ptrdiff_t count) {
       const V g = Lanes<V>::only(norm.gated(y, grad), count);
-      this->add(g, g, ChannelNorm<V>::subtract(x, mean));
+      this->add(g, g, Lanes<V>::subtract(x, mean));
       return g;
     }
   };

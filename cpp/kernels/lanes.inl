@@ -15,6 +15,8 @@ struct Lanes {
 
   static inline V only(V v, ptrdiff_t count) { return count == w ? v : V::keep_some(v, count); }
 
+  static inline V subtract(V a, V b) { return V::fma(b, V::broadcast(S(-1)), a); }
+
   // Every stride-th element; 0: every step-th, known at run time only.
   template <int stride>
   static inline V every(const S* p, ptrdiff_t step) {

@@ -8,7 +8,7 @@ namespace sparseprop {
 
 template <class V, bool Planes>
 struct Norm : private Lanes<V> {
-  using Lanes<V>::get, Lanes<V>::put;
+  using Lanes<V>::get, Lanes<V>::put, Lanes<V>::subtract;
   using S = typename V::scalar;
   static constexpr ptrdiff_t w = V::width;
   static constexpr ptrdiff_t terms = Planes ? 256 * w : 32;  // of a channel, summed up before they go into doubles
@@ -198,8 +198,6 @@ struct Norm : private Lanes<V> {
       }
     }
   }
-
-  static inline V subtract(V a, V b) { return V::fma(b, V::broadcast(S(-1)), a); }
 
   template <class Body>
   static inline __attribute__((always_inline)) void columns(ptrdiff_t n, Body body) {

@@ -131,14 +131,9 @@ class Operator:
         input's shape and dtype, becomes part of the input gradient, which may `overwrite` it.
         """
         self.require_unchanged()
-        grad_x = grad_values = grad_bias = None
-        if needs[0]:
-            if overwrite and added is not None and not call.trivial and self._fits(added, call):
-                grad_x = added
-            elif call.layout == PLAIN:
-                grad_x = grad.new_empty(call.in_shape)
-            else:
-                grad_x = grad.new_empty_strided(call.in_shape, call.grad_memory)
+        grad_values = grad_bias = None
+        reuse = added if overwrite and not call.trivial else None
+        grad_x = self._input_gradient(call, grad, reuse) if needs[0] else None
         if needs[1]:
             grad_values = torch.empty(self.nnz, dtype=call.wide)
         if needs[2]:
@@ -179,9 +174,13 @@ class Operator:
         return grad_x, grad_values, grad_bias
 
     @staticmethod
-    def _fits(tensor: Tensor, call: Call) -> bool:
-        """Whether it has the form of an input gradient."""
-        return tensor.stride() == call.grad_memory and tensor.shape == call.in_shape and not tensor.is_neg()
+    def _input_gradient(call: Call, grad: Tensor, reuse: Tensor | None) -> Tensor:
+        """Memory for one: that of `reuse` if it has the form."""
+        if reuse is not None and reuse.stride() == call.grad_memory and not reuse.is_neg():
+            return reuse
+        if call.layout == PLAIN:
+            return grad.new_empty(call.in_shape)
+        return grad.new_empty_strided(call.in_shape, call.grad_memory)
 
     def _readable(self, tensor: Tensor) -> tuple[Tensor, Five]:
         """A tensor of any strides, copied if the kernels could not read it, and its strides."""

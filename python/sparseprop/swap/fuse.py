@@ -104,8 +104,8 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     `scaled_dot_product_attention` in modules that call it, as those of torch, timm and transformers do (not
     while compiling). In evaluation mode, while no gradients are recorded, a sparse layer runs the batch norm
     behind it, if both are called in one forward, and sparse layers around a depthwise convolution run with it
-    as one call, image by image: swap first, then fuse. In training, where a sparse layer's input is read again
-    (a residual connection), the layer adds the gradients of both.
+    as one call, image by image: swap first, then fuse. In training, where a sparse layer's input is read
+    again (a residual connection), the layer adds the gradients of both.
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
     parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
