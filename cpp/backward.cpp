@@ -23,7 +23,6 @@ class BackwardRun {
     const int64_t tile = low_.stream.max_part_rows() * plan_.chunk;
     x_at_ = pieces_.add<S>(grads.values ? tile : 0);
     grad_x_at_ = pieces_.add<S>(grads.in.data ? tile : 0);
-    added_at_ = pieces_.add<S>(grads.added.data ? tile : 0);
   }
 
   size_t scratch_bytes() const { return pieces_.bytes(); }
@@ -69,12 +68,15 @@ class BackwardRun {
     const int64_t channel = part.row / phases, channels = part.rows / phases;
     S* x = grads_.values ? at<S>(scratch, x_at_) : nullptr;
     S* grad_x = grads_.in.data ? at<S>(scratch, grad_x_at_) : nullptr;
-    const PanelShape rows = {plan_.chunk * phases, plan_.tile, plan_.tile};
+    const PanelShape rows = {pitch(), plan_.tile, plan_.tile};
     for (int64_t f = 0; x && f < phases; ++f) {
       const Placement place = place_input(call_.layer, call_.sizes, grid_, x_.strides, grid_.phases[f]);
       pack<A, S>(call_.table, grid_, place, static_cast<const A*>(x_.data), channel, channels, padded,
            x + f * plan_.chunk, rows);
     }
+    const Rows all = {channel, channels, columns};
+    const bool onto = grad_x && grads_.added.data;
+    for (int64_t f = 0; onto && f < phases; ++f) load_added(grid_.phases[f], grad_x + f * plan_.chunk, all);
     for (int64_t j = 0; j < width; j += plan_.tile) {
       const int64_t vectors = call_.lane_groups(std::min(plan_.tile, width - j));
       for (int64_t b = 0; b < stream.blocks(); ++b) {
@@ -82,21 +84,20 @@ class BackwardRun {
         const unsigned unit_log2 = plan_.stream.unit_log2;
         if (x == nullptr) {
           call_.kernels().forward[vectors - 1](
-              {stream.block(p, b), values_, nullptr, slab, unit_log2, grad_x + j, plan_.chunk, false});
+              {stream.block(p, b), values_, nullptr, slab, unit_log2, grad_x + j, plan_.chunk, false, onto});
           continue;
         }
         call_.kernels().backward[vectors - 1](
             {stream.block(p, b), values_, slab, unit_log2, x + j, grad_x ? grad_x + j : nullptr, plan_.chunk,
-             dots_ + split * stream.nnz() + stream.nonzeros(p, b).begin, !fresh || j > 0});
+             dots_ + split * stream.nnz() + stream.nonzeros(p, b).begin, !fresh || j > 0, onto});
       }
     }
     if (!grad_x) return;
-    S* added = grads_.added.data ? at<S>(scratch, added_at_) : nullptr;
-    const Rows all = {channel, channels, columns};
-    for (int64_t f = 0; f < phases; ++f) store_grad(grid_.phases[f], grad_x + f * plan_.chunk, added, all);
+    for (int64_t f = 0; f < phases; ++f) store_grad(grid_.phases[f], grad_x + f * plan_.chunk, all);
     for (const Triple& phase : grid_.idle_phases) {  // inputs that the kernel strides over
-      for (int64_t c = 0; c < channels; ++c) std::fill_n(grad_x + c * phases * plan_.chunk, plan_.chunk, S(0));
-      store_grad(phase, grad_x, added, all);
+      for (int64_t c = 0; c < channels && !onto; ++c) std::fill_n(grad_x + c * pitch(), plan_.chunk, S(0));
+      if (onto) load_added(phase, grad_x, all);
+      store_grad(phase, grad_x, all);
     }
   }
 
@@ -105,18 +106,19 @@ class BackwardRun {
     Columns columns;
   };
 
-  // `added` is scratch for what is to be added, null if nothing is.
-  void store_grad(const Triple& phase, S* rows, S* added, const Rows& all) const {
-    const int64_t pitch = plan_.chunk * static_cast<int64_t>(grid_.phases.size());
-    if (added) {
-      const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.added.strides, phase);
-      pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grads_.added.data), all.channel, all.channels,
-                 all.columns, added, {plan_.chunk, plan_.chunk, plan_.chunk});
-      call_.kernels().add(rows, pitch, added, plan_.chunk, all.channels, all.columns.end - all.columns.begin);
-    }
+  int64_t pitch() const { return plan_.chunk * static_cast<int64_t>(grid_.phases.size()); }
+
+  // What the input gradient is added to.
+  void load_added(const Triple& phase, S* rows, const Rows& all) const {
+    const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.added.strides, phase);
+    pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grads_.added.data), all.channel, all.channels,
+               call_.padded(all.columns), rows, {pitch(), plan_.tile, plan_.tile});
+  }
+
+  void store_grad(const Triple& phase, const S* rows, const Rows& all) const {
     const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.in.strides, phase);
     unpack<S, A>(call_.table, grid_, place, static_cast<A*>(grads_.in.data), all.channel, all.channels, all.columns, rows,
-                 pitch);
+                 pitch());
   }
 
   const Call<S, A>& call_;
@@ -129,7 +131,7 @@ class BackwardRun {
   const Schedule& plan_ = low_.schedule;
   const Grid& grid_ = low_.grid;
   Pieces pieces_;
-  size_t panel_at_, x_at_, grad_x_at_, added_at_;
+  size_t panel_at_, x_at_, grad_x_at_;
 };
 
 }  // namespace

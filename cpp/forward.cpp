@@ -76,7 +76,7 @@ class ForwardRun {
       for (int64_t b = 0; b < stream_.blocks(); ++b) {
         call_.kernels().forward[vectors - 1]({stream_.block(piece.part, b), values_, bias_ ? bias_ + part.row : nullptr,
                                       panel + plan_.panel.at(j) + stream_.panel_row(b) * plan_.panel.row_pitch,
-                                      plan_.stream.unit_log2, tile + j, plan_.chunk, plan_.chunks <= kColdChunks});
+                                      plan_.stream.unit_log2, tile + j, plan_.chunk, plan_.chunks <= kColdChunks, false});
       }
     }
     if constexpr (std::is_same_v<S, A>) {

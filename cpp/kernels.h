@@ -51,6 +51,7 @@ struct ForwardArgs {
   S* out;  // tile of the part: row r at out + r * out_pitch, 64-byte aligned, padded to whole vectors
   ptrdiff_t out_pitch;
   bool cold;  // the values have probably left the cache since they were last used
+  bool onto;  // add to what `out` holds
 };
 
 template <class S>
@@ -64,6 +65,7 @@ struct BackwardArgs {
   ptrdiff_t pitch;
   S* dots;          // weight gradient of this block's non-zeros, in stream order
   bool accumulate;  // add to dots instead of writing
+  bool onto;        // add to what `grad_x` holds
 };
 
 // Moving rows or blocks between a tensor and a panel; In and Out may differ (bfloat16 on one side).
@@ -234,7 +236,6 @@ struct KernelsOf {
   void (*forward[kMaxTile])(const ForwardArgs<S>&);
   void (*backward[kMaxTile])(const BackwardArgs<S>&);
   void (*zero)(S* dst, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);
-  void (*add)(S* dst, ptrdiff_t pitch, const S* src, ptrdiff_t src_pitch, ptrdiff_t rows, ptrdiff_t cols);  // dst +=
   void (*row_sums)(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);  // sums[r] +=
   Movers<S, S> move;
   NormKernels<S> planes, rows;

@@ -23,7 +23,7 @@ struct Backward {
   const S *all_values, *all_x;
   S* all_grad_x;
   ptrdiff_t pitch;
-  bool accumulate;
+  bool accumulate, onto;
   Walk<S, scaled> walk;
   const S* values;  // of the next segment
   ptrdiff_t at;     // of the next segment's x and grad_x
@@ -33,7 +33,7 @@ struct Backward {
 
   SPARSEPROP_INLINE Backward(const BackwardArgs<S>& args, ptrdiff_t first, bool add)
       : all_values(args.values), all_x(args.x + first), all_grad_x(want_x ? args.grad_x + first : nullptr),
-        pitch(args.pitch), accumulate(add), walk(args.stream, args.panel + first, args.unit_log2), dots(args.dots) {
+        pitch(args.pitch), accumulate(add), onto(args.onto), walk(args.stream, args.panel + first, args.unit_log2), dots(args.dots) {
     look_ahead();
   }
   SPARSEPROP_INLINE void look_ahead() {
@@ -50,7 +50,7 @@ struct Backward {
     for (uint32_t end = 0; end < run.rows; ++end) {
       X x = X::load(all_x + at);
       Sums grad_x = Sums::fill(V::zero());
-      if (want_x && !run.first) grad_x = Sums::load(all_grad_x + at);
+      if (want_x && (!run.first || onto)) grad_x = Sums::load(all_grad_x + at);
       const S* value = values;
       const ptrdiff_t to = at;
       ++walk.row;

@@ -19,13 +19,13 @@ struct Forward {
   const S *all_values, *bias;
   S* all_out;
   ptrdiff_t pitch;
-  bool cold;
+  bool cold, onto;
   Walk<S, scaled> walk;
   const S* values;  // of the next segment
   S* out;           // of the next segment
 
   SPARSEPROP_INLINE Forward(const ForwardArgs<S>& args, ptrdiff_t column)
-      : all_values(args.values), bias(args.bias), all_out(args.out + column), pitch(args.out_pitch), cold(args.cold),
+      : all_values(args.values), bias(args.bias), all_out(args.out + column), pitch(args.out_pitch), cold(args.cold), onto(args.onto),
         walk(args.stream, args.panel + column, args.unit_log2) {
     look_ahead();
   }
@@ -38,7 +38,7 @@ struct Forward {
   template <int fixed>
   SPARSEPROP_INLINE void run(const Run run) {
     for (uint32_t end = 0; end < run.rows; ++end) {
-      Acc acc = !run.first ? Acc::load(out) : Acc::fill(bias ? V::broadcast(bias[*walk.row]) : V::zero());
+      Acc acc = !run.first || onto ? Acc::load(out) : Acc::fill(bias ? V::broadcast(bias[*walk.row]) : V::zero());
       const S* value = values;
       S* const to = out;
       ++walk.row;

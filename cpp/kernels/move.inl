@@ -145,14 +145,6 @@ struct Sums {
     }
   }
 
-  static void add(S* dst, ptrdiff_t pitch, const S* src, ptrdiff_t src_pitch, ptrdiff_t rows, ptrdiff_t cols) {
-    for (ptrdiff_t r = 0; r < rows; ++r, dst += pitch, src += src_pitch) {
-      ptrdiff_t i = 0;
-      for (; i + V::width <= cols; i += V::width) V::add(V::loadu(dst + i), V::loadu(src + i)).storeu(dst + i);
-      if (i < cols) V::add(V::load_some(dst + i, cols - i), V::load_some(src + i, cols - i)).store_some(dst + i, cols - i);
-    }
-  }
-
   // sums[r] += row r of the panel, added up in a fixed order
   static void rows(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols) {
     for (ptrdiff_t r = 0; r < rows; ++r) {

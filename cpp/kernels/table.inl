@@ -28,7 +28,6 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
            &backward_tile<V, 4 * group>, &backward_tile<V, 5 * group>, &backward_tile<V, 6 * group>,
            &backward_tile<V, 7 * group>, &backward_tile<V, 8 * group>},
           &Sums<V>::zero,
-          &Sums<V>::add,
           &Sums<V>::rows,
           {&Move<V, S, S>::copy, &Move<V, S, S>::transpose, &Move<V, S, S>::planes},
           norm_kernels<Norm<V, true>, S>(),
