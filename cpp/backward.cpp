@@ -1,5 +1,6 @@
 // Backward: pack a chunk of grad_out, then walk the transposed pattern: input gradient and weight gradient together.
 #include "exchange.h"
+#include "interleave.h"
 #include "run.h"
 
 namespace sparseprop {
@@ -92,13 +93,7 @@ class BackwardRun {
              dots_ + split * stream.nnz() + stream.nonzeros(p, b).begin, !fresh || j > 0, onto});
       }
     }
-    if (!grad_x) return;
-    for (int64_t f = 0; f < phases; ++f) store_grad(grid_.phases[f], grad_x + f * plan_.chunk, all);
-    for (const Triple& phase : grid_.idle_phases) {  // inputs that the kernel strides over
-      for (int64_t c = 0; c < channels && !onto; ++c) std::fill_n(grad_x + c * pitch(), plan_.chunk, S(0));
-      if (onto) load_added(phase, grad_x, all);
-      store_grad(phase, grad_x, all);
-    }
+    if (grad_x) store_grads(grad_x, all, onto);
   }
 
   struct Rows {
@@ -113,6 +108,20 @@ class BackwardRun {
     const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.added.strides, phase);
     pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grads_.added.data), all.channel, all.channels,
                call_.padded(all.columns), rows, {pitch(), plan_.tile, plan_.tile});
+  }
+
+  void store_grads(S* rows, const Rows& all, bool onto) const {
+    const bool idle = !grid_.idle_phases.empty();  // inputs that the kernel strides over
+    if (takes_phases(call_.layer, grid_, grads_.in.strides) && !(idle && onto)) {
+      return unpack_phases<S, A>(call_.table, call_.layer, call_.sizes, grid_, static_cast<A*>(grads_.in.data), grads_.in.strides,
+                                 all.columns, {rows, plan_.chunk, pitch(), all.channel, all.channels});
+    }
+    for (size_t f = 0; f < grid_.phases.size(); ++f) store_grad(grid_.phases[f], rows + f * plan_.chunk, all);
+    for (const Triple& phase : grid_.idle_phases) {
+      for (int64_t c = 0; c < all.channels && !onto; ++c) std::fill_n(rows + c * pitch(), plan_.chunk, S(0));
+      if (onto) load_added(phase, rows, all);
+      store_grad(phase, rows, all);
+    }
   }
 
   void store_grad(const Triple& phase, const S* rows, const Rows& all) const {

@@ -72,6 +72,7 @@ struct BackwardArgs {
 // copy:      dst[r * dst.pitch + i * dst.stride] = src[r * src.pitch + i * src.stride],  r < rows, i < cols
 // transpose: dst[j * dst_pitch + i] = src[i * src_pitch + j],                            i < rows, j < cols
 // planes:    copy for each of several planes; then the `zeros` elements behind all rows of dst but the last become 0
+// interleave: for each plane, the `n` given rows of dst from two rows of src each
 struct Layout2 {
   ptrdiff_t pitch, stride;
 };
@@ -82,12 +83,19 @@ struct Extent3 {
   ptrdiff_t planes, rows, cols, zeros;
 };
 
+// The elements of a row, from a plane's first one on, come in turn from two rows of another plane; 0 for a source < 0.
+struct Interleaved {
+  ptrdiff_t to, even, odd, count;
+};
+
 template <class In, class Out>
 struct Movers {
   void (*copy)(Out* dst, Layout2 to, const In* src, Layout2 from, ptrdiff_t rows, ptrdiff_t cols);
   void (*transpose)(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
                     ptrdiff_t cols);
   void (*planes)(Out* dst, Layout3 to, const In* src, Layout3 from, Extent3 extent);
+  void (*interleave)(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t planes,
+                     const Interleaved* rows, ptrdiff_t n);
 };
 
 // Batch norm over `rows` runs of `channels` * `n` adjacent elements, `pitch` apart, those of x and out at pitches of their

@@ -34,6 +34,17 @@ struct Move {
     }
   }
 
+  static void interleave(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t planes,
+                         const Interleaved* rows, ptrdiff_t n) {
+    for (ptrdiff_t p = 0; p < planes; ++p, dst += dst_pitch, src += src_pitch) {
+      const ptrdiff_t ahead = p + 1 < planes ? dst_pitch : 0;
+      for (ptrdiff_t r = 0; r < n; ++r) {
+        const Interleaved& row = rows[r];
+        in_turn(dst + row.to, row.even < 0 ? nullptr : src + row.even, row.odd < 0 ? nullptr : src + row.odd, row.count, ahead);
+      }
+    }
+  }
+
   // Along the rows of whichever side is spread over more pages.
   static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows,
                         ptrdiff_t cols) {
@@ -121,6 +132,24 @@ struct Move {
     ptrdiff_t i = 0;
     for (; i + V::width < n; i += V::width) V::load_even(src + 2 * i).storeu(dst + i);
     for (; i < n; ++i) dst[i] = To<Out>::from(src[2 * i]);
+  }
+
+  static inline void in_turn(Out* dst, const In* even, const In* odd, ptrdiff_t n, ptrdiff_t ahead) {
+    constexpr ptrdiff_t w = V::width;
+    for (ptrdiff_t i = 0; i < n; i += 2 * w) {
+      const ptrdiff_t left = n - i;
+      V low, high;
+      V::zip(some_of(even, i / 2, (left + 1) / 2), some_of(odd, i / 2, left / 2), low, high);
+      __builtin_prefetch(dst + i + ahead, 1);
+      __builtin_prefetch(dst + i + w + ahead, 1);
+      left < w ? low.store_some(dst + i, left) : low.storeu(dst + i);
+      if (left > w) left < 2 * w ? high.store_some(dst + i + w, left - w) : high.storeu(dst + i + w);
+    }
+  }
+
+  static inline V some_of(const In* row, ptrdiff_t i, ptrdiff_t count) {
+    if (row == nullptr) return V::zero();
+    return count < V::width ? V::load_some(row + i, count) : V::loadu(row + i);
   }
 
   static inline void block(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t i, ptrdiff_t j) {

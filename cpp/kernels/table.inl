@@ -17,6 +17,12 @@ constexpr NormKernels<S> norm_kernels() {
   return {N::scratch_per_channel, &N::sums, &N::apply, &N::grad_sums, &N::grad_apply};
 }
 
+template <class V, class In, class Out>
+constexpr Movers<In, Out> movers() {
+  using M = Move<V, In, Out>;
+  return {&M::copy, &M::transpose, &M::planes, &M::interleave};
+}
+
 template <class V>
 constexpr KernelsOf<typename V::scalar> kernels_of() {
   using S = typename V::scalar;
@@ -29,7 +35,7 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
            &backward_tile<V, 7 * group>, &backward_tile<V, 8 * group>},
           &Sums<V>::zero,
           &Sums<V>::rows,
-          {&Move<V, S, S>::copy, &Move<V, S, S>::transpose, &Move<V, S, S>::planes},
+          movers<V, S, S>(),
           norm_kernels<Norm<V, true>, S>(),
           norm_kernels<Norm<V, false>, S>(),
           &MaxPool<V>::row,
@@ -43,8 +49,8 @@ constexpr Kernels make_kernels(const char* name) {
   return {name,
           kernels_of<F32>(),
           kernels_of<F64>(),
-          {&Move<F32, bf16, float>::copy, &Move<F32, bf16, float>::transpose, &Move<F32, bf16, float>::planes},
-          {&Move<F32, float, bf16>::copy, &Move<F32, float, bf16>::transpose, &Move<F32, float, bf16>::planes},
+          movers<F32, bf16, float>(),
+          movers<F32, float, bf16>(),
           {&product<F32>, &Softmax<F32>::forward, &Softmax<F32>::backward, &scale_rows<F32>},
           &Gelu<F32>::backward};
 }

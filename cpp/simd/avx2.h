@@ -64,6 +64,11 @@ struct F32 {
     const __m256 pairs = _mm256_shuffle_ps(loadu(p).v, loadu(p + 8).v, 0x88);  // 0 2 8 10 | 4 6 12 14
     return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
   }
+  static void zip(F32 a, F32 b, F32& low, F32& high) {
+    const __m256 even = _mm256_unpacklo_ps(a.v, b.v), odd = _mm256_unpackhi_ps(a.v, b.v);
+    low.v = _mm256_permute2f128_ps(even, odd, 0x20);
+    high.v = _mm256_permute2f128_ps(even, odd, 0x31);
+  }
   // NaN stays NaN, and lets gradients pass, as in torch.
   static F32 relu(F32 x) { return {_mm256_max_ps(_mm256_setzero_ps(), x.v)}; }
   static F32 min(F32 cap, F32 x) { return {_mm256_min_ps(cap.v, x.v)}; }
@@ -155,6 +160,11 @@ struct F64 {
   static F64 load_some(const double* p, ptrdiff_t n) { return {_mm256_maskload_pd(p, first(n))}; }
   void store_some(double* p, ptrdiff_t n) const { _mm256_maskstore_pd(p, first(n), v); }
   static F64 load_even(const double* p) { return {_mm256_set_pd(p[6], p[4], p[2], p[0])}; }
+  static void zip(F64 a, F64 b, F64& low, F64& high) {
+    const __m256d even = _mm256_unpacklo_pd(a.v, b.v), odd = _mm256_unpackhi_pd(a.v, b.v);
+    low.v = _mm256_permute2f128_pd(even, odd, 0x20);
+    high.v = _mm256_permute2f128_pd(even, odd, 0x31);
+  }
   // NaN stays NaN, and lets gradients pass, as in torch.
   static F64 relu(F64 x) { return {_mm256_max_pd(_mm256_setzero_pd(), x.v)}; }
   static F64 min(F64 cap, F64 x) { return {_mm256_min_pd(cap.v, x.v)}; }

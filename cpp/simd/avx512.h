@@ -56,6 +56,11 @@ struct F32 {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     return {_mm512_permutex2var_ps(loadu(p).v, even, loadu(p + 16).v)};
   }
+  static void zip(F32 a, F32 b, F32& low, F32& high) {
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    low.v = _mm512_permutex2var_ps(a.v, first, b.v);
+    high.v = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b.v);
+  }
   // NaN stays NaN, and lets gradients pass, as in torch.
   static F32 relu(F32 x) { return {_mm512_max_ps(_mm512_setzero_ps(), x.v)}; }
   static F32 min(F32 cap, F32 x) { return {_mm512_min_ps(cap.v, x.v)}; }
@@ -148,6 +153,11 @@ struct F64 {
   void store_some(double* p, ptrdiff_t n) const { _mm512_mask_storeu_pd(p, first(n), v); }
   static F64 load_even(const double* p) {
     return {_mm512_set_pd(p[14], p[12], p[10], p[8], p[6], p[4], p[2], p[0])};
+  }
+  static void zip(F64 a, F64 b, F64& low, F64& high) {
+    const __m512i first = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0);
+    low.v = _mm512_permutex2var_pd(a.v, first, b.v);
+    high.v = _mm512_permutex2var_pd(a.v, _mm512_add_epi64(first, _mm512_set1_epi64(4)), b.v);
   }
   // NaN stays NaN, and lets gradients pass, as in torch.
   static F64 relu(F64 x) { return {_mm512_max_pd(_mm512_setzero_pd(), x.v)}; }

@@ -47,6 +47,10 @@ struct Vec {
     for (int i = 0; i < width; ++i) r.lane[i] = To<S>::from(p[2 * i]);
     return r;
   }
+  // The lanes of a and b in turn, as two vectors.
+  static void zip(Vec a, Vec b, Vec& low, Vec& high) {
+    for (int i = 0; i < 2 * width; ++i) (i < width ? low : high).lane[i % width] = (i % 2 ? b : a).lane[i / 2];
+  }
   static Vec keep_some(Vec x, ptrdiff_t n) {
     for (ptrdiff_t i = n; i < width; ++i) x.lane[i] = S(0);
     return x;
