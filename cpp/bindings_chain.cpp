@@ -15,8 +15,8 @@ namespace {
 // A batch norm and the activation behind it; addresses, 0 for what is absent.
 struct Stage {
   bool training;
-  double eps, cap;
-  uintptr_t gamma, beta, mean, inv_std, variance, grad_gamma, grad_beta;
+  double eps, cap, momentum;
+  uintptr_t gamma, beta, mean, inv_std, running_mean, running_variance, grad_gamma, grad_beta;
 };
 
 template <class S>
@@ -25,7 +25,7 @@ S* pointer(uintptr_t address) { return reinterpret_cast<S*>(address); }
 template <class S>
 NormForward<S> forward_of(const Stage& s) {
   return {nullptr, nullptr, pointer<S>(s.gamma), pointer<S>(s.beta), pointer<S>(s.mean), pointer<S>(s.inv_std),
-          pointer<S>(s.variance), nullptr, s.training, s.eps, nullptr, nullptr};
+          nullptr, {pointer<S>(s.running_mean), pointer<S>(s.running_variance), s.momentum}, s.training, s.eps, nullptr, nullptr};
 }
 
 template <class S>
@@ -62,12 +62,15 @@ ChainShape shaped(const Windows& windows, int64_t channels) {
 void bind_chain(py::module_& m) {
   using namespace sparseprop;
   py::class_<Stage>(m, "Stage")
-      .def(py::init([](bool training, double eps, double cap, uintptr_t gamma, uintptr_t beta, uintptr_t mean,
-                       uintptr_t inv_std, uintptr_t variance, uintptr_t grad_gamma, uintptr_t grad_beta) {
-             return Stage{training, eps, cap, gamma, beta, mean, inv_std, variance, grad_gamma, grad_beta};
+      .def(py::init([](bool training, double eps, double cap, double momentum, uintptr_t gamma, uintptr_t beta,
+                       uintptr_t mean, uintptr_t inv_std, uintptr_t running_mean, uintptr_t running_variance,
+                       uintptr_t grad_gamma, uintptr_t grad_beta) {
+             return Stage{training, eps,          cap,              momentum,   gamma,    beta, mean,
+                          inv_std,  running_mean, running_variance, grad_gamma, grad_beta};
            }),
-           py::arg("training"), py::arg("eps"), py::arg("cap"), py::arg("gamma"), py::arg("beta"), py::arg("mean"),
-           py::arg("inv_std"), py::arg("variance"), py::arg("grad_gamma"), py::arg("grad_beta"));
+           py::arg("training"), py::arg("eps"), py::arg("cap"), py::arg("momentum"), py::arg("gamma"), py::arg("beta"),
+           py::arg("mean"), py::arg("inv_std"), py::arg("running_mean"), py::arg("running_variance"), py::arg("grad_gamma"),
+           py::arg("grad_beta"));
   m.def("chain_forward", [](bool wide, const Windows& windows, int64_t channels, uintptr_t x, const First& first,
                             uintptr_t weights, const Stage& second, uintptr_t out) {
     const ChainShape shape = shaped(windows, channels);

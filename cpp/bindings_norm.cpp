@@ -23,10 +23,11 @@ NormShape shaped(int64_t outer, int64_t channels, int64_t inner, double cap, con
 
 template <class S>
 void forward(NormShape shape, bool training, double eps, uintptr_t x, uintptr_t residual, uintptr_t gamma,
-             uintptr_t beta, uintptr_t mean, uintptr_t inv_std, uintptr_t variance, uintptr_t out, const Windows* pool,
-             uintptr_t taps) {
+             uintptr_t beta, uintptr_t mean, uintptr_t inv_std, uintptr_t out, uintptr_t running_mean,
+             uintptr_t running_variance, double momentum, const Windows* pool, uintptr_t taps) {
   norm_forward<S>(shape, {pointer<S>(x), pointer<S>(residual), pointer<S>(gamma), pointer<S>(beta), pointer<S>(mean),
-                          pointer<S>(inv_std), pointer<S>(variance), pointer<S>(out), training, eps, pool,
+                          pointer<S>(inv_std), pointer<S>(out),
+                          {pointer<S>(running_mean), pointer<S>(running_variance), momentum}, training, eps, pool,
                           pointer<uint8_t>(taps)});
 }
 
@@ -47,17 +48,17 @@ void bind_norm(py::module_& m) {
   using namespace sparseprop;
   m.def("norm_forward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, double cap, bool training,
                            double eps, uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta,
-                           uintptr_t mean, uintptr_t inv_std, uintptr_t variance, uintptr_t out, const Windows* pool,
-                           uintptr_t taps) {
+                           uintptr_t mean, uintptr_t inv_std, uintptr_t out, uintptr_t running_mean,
+                           uintptr_t running_variance, double momentum, const Windows* pool, uintptr_t taps) {
     const NormShape shape = shaped(outer, channels, inner, cap, pool, residual);
     const py::gil_scoped_release release;
-    (wide ? forward<double> : forward<float>)(shape, training, eps, x, residual, gamma, beta, mean, inv_std, variance, out,
-                                              pool, taps);
+    (wide ? forward<double> : forward<float>)(shape, training, eps, x, residual, gamma, beta, mean, inv_std, out,
+                                              running_mean, running_variance, momentum, pool, taps);
   },
       py::arg("wide"), py::arg("outer"), py::arg("channels"), py::arg("inner"), py::arg("cap"),
       py::arg("training"), py::arg("eps"), py::arg("x"), py::arg("residual"), py::arg("gamma"),
-      py::arg("beta"), py::arg("mean"), py::arg("inv_std"), py::arg("variance"), py::arg("out"),
-      py::arg("pool"), py::arg("taps"));
+      py::arg("beta"), py::arg("mean"), py::arg("inv_std"), py::arg("out"), py::arg("running_mean"),
+      py::arg("running_variance"), py::arg("momentum"), py::arg("pool"), py::arg("taps"));
   m.def("norm_backward", [](bool wide, int64_t outer, int64_t channels, int64_t inner, double cap, bool training,
                             uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t gamma, uintptr_t beta,
                             uintptr_t mean, uintptr_t inv_std, uintptr_t grad_x, uintptr_t grad_residual,

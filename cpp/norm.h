@@ -16,13 +16,20 @@ struct NormShape {
   double cap;  // of the activation: 0 none, infinity ReLU, 6 ReLU6
 };
 
-// All of one type S (float or double). `mean`, `inv_std` and `variance` (unbiased) are written if `training`;
-// otherwise the first two are read. With a `pool` (planes only, no residual) the result is that of max pooling behind
+// Running statistics, moved by `share` of the way towards those of a batch (the variance unbiased); both or neither null.
+template <class S>
+struct Running {
+  S *mean, *variance;
+  double share;
+};
+
+// All of one type S (float or double). `mean` and `inv_std` are written if `training`, otherwise read. With a `pool` (planes only, no residual) the result is that of max pooling behind
 // it, and the full-sized one is never written to memory; `taps`: where the maxima lie, may be null.
 template <class S>
 struct NormForward {
   const S *x, *residual, *gamma, *beta;
-  S *mean, *inv_std, *variance, *out;
+  S *mean, *inv_std, *out;
+  Running<S> running;  // if training
   bool training;
   double eps;
   const Windows* pool;

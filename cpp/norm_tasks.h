@@ -62,7 +62,11 @@ void finish_stats(const NormForward<S>& call, int64_t c, double count, double su
   const double mean = sum / count, variance = std::max(0.0, squares / count - mean * mean);
   call.mean[c] = static_cast<S>(close + mean);
   call.inv_std[c] = static_cast<S>(1.0 / std::sqrt(variance + call.eps));
-  call.variance[c] = static_cast<S>(variance * count / std::max(1.0, count - 1.0));
+  if (!call.running.mean) return;
+  const S share = static_cast<S>(call.running.share), kept = static_cast<S>(1.0 - call.running.share);
+  auto move = [&](S& running, double found) { running = running * kept + static_cast<S>(found) * share; };
+  move(call.running.mean[c], close + mean);
+  move(call.running.variance[c], variance * count / std::max(1.0, count - 1.0));
 }
 
 // The gradients of channel c's parameters, and what `grad_apply` needs, from its two sums.

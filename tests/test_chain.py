@@ -184,6 +184,6 @@ def test_autocast_and_single_values_are_left_to_torch():
 
 def test_planes_that_are_no_whole_images_are_refused():
     windows = _native.Windows(7, (4, 4), (4, 4), (3, 3), (1, 1), (1, 1))
-    stage = _native.Stage(True, 1e-5, 0.0, 0, 0, 0, 0, 0, 0, 0)
+    stage = _native.Stage(True, 1e-5, 0.0, 0.1, 0, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="all channels"):
         _native.chain_forward(False, windows, 3, 0, None, 0, stage, 0)

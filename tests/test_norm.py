@@ -184,3 +184,25 @@ def test_bfloat16_under_autocast_and_no_grad():
         assert layer(x).grad_fn is None
     with torch.inference_mode():
         torch.testing.assert_close(layer.eval()(x), nn.BatchNorm2d.forward(layer, x))
+
+
+def test_moved_statistics_count_as_written():
+    running = torch.zeros(3), torch.ones(3)
+    spec = NormSpec(training=True)
+    batch_norm(torch.randn(4, 3, 2, 2), running, None, None, spec)
+    assert all(tensor._version > 0 for tensor in running)
+    before = [tensor._version for tensor in running]
+    batch_norm(torch.randn(4, 3, 2, 2), running, None, None, NormSpec(training=True, momentum=0.0))
+    batch_norm(torch.randn(4, 3, 2, 2), running, None, None, NormSpec(training=False))
+    assert [tensor._version for tensor in running] == before
+
+
+def test_statistics_made_in_inference_mode_keep_no_count_and_move_as_in_torch():
+    x, spec = torch.randn(4, 3, 2, 2), NormSpec(training=True)
+    with torch.inference_mode():
+        kept = [(torch.zeros(3), torch.ones(3)) for _ in range(2)]
+    batch_norm(x, kept[0], None, None, spec)
+    functional.batch_norm(x, *kept[1], None, None, True)
+    for ours, torchs in zip(*kept, strict=True):
+        assert ours.is_inference()
+        torch.testing.assert_close(ours, torchs)

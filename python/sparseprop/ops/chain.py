@@ -15,7 +15,7 @@ from torch.nn import functional
 from sparseprop.ops.eligible import kernels_may_read
 from sparseprop.ops.norm import batch_norm
 from sparseprop.ops.owned import holders, is_own
-from sparseprop.ops.stage import Stage, statistics, update_running
+from sparseprop.ops.stage import Stage, addresses, running_arguments, statistics
 from sparseprop.ops.windows import WindowSpec, empty_result, native_windows, windows_fit
 
 __all__ = ["chain", "kernels_may_chain"]
@@ -63,39 +63,39 @@ def kernels_may_chain(
     )
 
 
-Known = tuple[Tensor, Tensor]  # mean and inverse deviation that a stage normalizes by, (channels,) each
+_NOWHERE = (0, 0, 0.0)  # running statistics that stay as they are
 
 
 def _native_stage(
-    stage: Stage, known: Known, variance: Tensor | None = None, grads: tuple[Any, Any] = (None, None)
+    stage: Stage, known: Tensor, running: tuple[int, int, float], grads: tuple[Any, Any] = (None, None)
 ) -> Any:
     from sparseprop import _native as native
 
-    tensors = (stage.weight, stage.bias, *known, variance, *grads)
-    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-    return native.Stage(stage.spec.training, stage.spec.eps, stage.spec.cap, *addresses)
+    tensors = (stage.weight, stage.bias, *grads)
+    gamma, beta, *written = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    spec, (mean, variance, momentum) = stage.spec, running
+    return native.Stage(
+        spec.training, spec.eps, spec.cap, momentum, gamma, beta, *addresses(known), mean, variance, *written
+    )
 
 
 def _forward(
     x: Tensor, first: Stage | None, weight: Tensor, windows: WindowSpec, second: Stage
-) -> tuple[Tensor, list[Known]]:
+) -> tuple[Tensor, list[Tensor]]:
     from sparseprop import _native as native
 
     out, channels = empty_result(x, windows), x.shape[1]
     stages = [second] if first is None else [first, second]
-    found = [statistics(stage, x, channels) for stage in stages]
+    known = [statistics(stage, x, channels) for stage in stages]
     given = [
-        _native_stage(stage, (mean, inv_std), variance)
-        for stage, (mean, inv_std, variance) in zip(stages, found, strict=True)
+        _native_stage(stage, found, running_arguments(stage))
+        for stage, found in zip(stages, known, strict=True)
     ]
     native.chain_forward(
         x.dtype is torch.float64, native_windows(x.shape, windows), channels, x.data_ptr(),
         None if first is None else given[0], weight.data_ptr(), given[-1], out.data_ptr(),
     )  # fmt: skip
-    for stage, (mean, _, variance) in zip(stages, found, strict=True):
-        if variance is not None:
-            update_running(stage.running, mean, variance, stage.spec.momentum)
-    return out, [(mean, inv_std) for mean, inv_std, _ in found]
+    return out, known
 
 
 class _Chain(Function):
@@ -105,21 +105,14 @@ class _Chain(Function):
         first: Stage | None, windows: WindowSpec, second: Stage,
     ) -> Tensor:  # fmt: skip
         out, known = _forward(x, first, weight, windows, second)
-        kept = [
-            # the running mean may have moved on before the backward pass
-            tensor if stage.spec.training else tensor.clone()
-            for stage, pair in zip([second] if first is None else [first, second], known, strict=True)
-            for tensor in pair
-        ]
-        ctx.save_for_backward(x, weight1, bias1, weight, weight2, bias2, *kept)
+        ctx.save_for_backward(x, weight1, bias1, weight, weight2, bias2, *known)
         ctx.specs = None if first is None else first.spec, windows, second.spec
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         own = is_own(holders(grad), grad)
-        x, weight1, bias1, weight, weight2, bias2, *kept = ctx.saved_tensors
-        known = [(kept[i], kept[i + 1]) for i in range(0, len(kept), 2)]
+        x, weight1, bias1, weight, weight2, bias2, *known = ctx.saved_tensors
         first_spec, windows, second_spec = ctx.specs
         first = None if first_spec is None else Stage((None, None), weight1, bias1, first_spec)
         second = Stage((None, None), weight2, bias2, second_spec)
@@ -137,7 +130,7 @@ class _Chain(Function):
 _apply = cast("Callable[..., Tensor]", _Chain.apply)
 
 
-def _again(stage: Stage, known: Known) -> Stage:
+def _again(stage: Stage, known: Tensor) -> Stage:
     """The stage of the forward pass, which leaves running statistics alone."""
     mean, inv_std = known
     running = (None, None) if stage.spec.training else (mean, inv_std**-2 - stage.spec.eps)
@@ -152,7 +145,7 @@ def _backward(
     weight: Tensor,
     windows: WindowSpec,
     second: Stage,
-    known: list[Known],
+    known: list[Tensor],
     own: bool,  # grad may be overwritten
 ) -> tuple[Tensor | None, ...]:
     from sparseprop import _native as native
@@ -163,8 +156,8 @@ def _backward(
     grad_weight = torch.empty_like(weight) if needs[3] else None
     native.chain_backward(
         x.dtype is torch.float64, native_windows(x.shape, windows), x.shape[1], x.data_ptr(),
-        None if first is None else _native_stage(first, known[0], None, (per_channel[0], per_channel[1])),
-        weight.data_ptr(), _native_stage(second, known[-1], None, (per_channel[2], per_channel[3])),
+        None if first is None else _native_stage(first, known[0], _NOWHERE, (per_channel[0], per_channel[1])),
+        weight.data_ptr(), _native_stage(second, known[-1], _NOWHERE, (per_channel[2], per_channel[3])),
         grad.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
         0 if grad_weight is None else grad_weight.data_ptr(),
     )  # fmt: skip

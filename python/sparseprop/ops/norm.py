@@ -16,7 +16,7 @@ from torch.nn import functional
 from sparseprop.ops.eligible import kernels_may_read
 from sparseprop.ops.owned import holders, is_own
 from sparseprop.ops.pool import max_pool2d
-from sparseprop.ops.stage import NormSpec, Stage, statistics, update_running
+from sparseprop.ops.stage import NormSpec, Stage, addresses, running_arguments, statistics
 from sparseprop.ops.windows import empty_result, native_windows, windows_fit
 
 __all__ = ["batch_norm"]
@@ -112,21 +112,21 @@ def _pointer(tensor: Tensor | None) -> int:
 
 def _forward(
     x: Tensor, weight: Any, bias: Any, residual: Any, running: Any, spec: NormSpec, shape: Shape, taps: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from sparseprop import _native as native
 
     x = x.resolve_neg()
     out = torch.empty_like(x) if spec.pool is None else empty_result(x, spec.pool)
     pool = None if spec.pool is None else native_windows(x.shape, spec.pool)
-    mean, inv_std, variance = statistics(Stage(running, weight, bias, spec), x, shape[1])
+    stage = Stage(running, weight, bias, spec)
+    known = statistics(stage, x, shape[1])
+    running_mean, running_variance, momentum = running_arguments(stage)
     native.norm_forward(
         x.dtype is torch.float64, *shape, spec.cap, spec.training, spec.eps,
         x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias),
-        mean.data_ptr(), inv_std.data_ptr(), _pointer(variance), out.data_ptr(), pool, _pointer(taps),
+        *addresses(known), out.data_ptr(), running_mean, running_variance, momentum, pool, _pointer(taps),
     )  # fmt: skip
-    if variance is not None:
-        update_running(running, mean, variance, spec.momentum)
-    return out, mean, inv_std
+    return out, known
 
 
 class _BatchNorm(Function):
@@ -138,25 +138,23 @@ class _BatchNorm(Function):
         taps = None  # where the maxima lie
         if spec.pool is not None and any(needs):
             taps = torch.empty(empty_result(x, spec.pool).shape, dtype=torch.uint8)
-        out, mean, inv_std = _forward(x, weight, bias, residual, running, spec, shape, taps)
+        out, known = _forward(x, weight, bias, residual, running, spec, shape, taps)
         signs = out if spec.cap and residual is not None and any(needs) else None
-        if not spec.training:
-            mean = mean.clone()  # the running mean may have moved on before the backward pass
         # not the residual: the signs of the sum say as much, and often nobody else keeps it
-        ctx.save_for_backward(x, weight, bias, mean, inv_std, signs, taps)
+        ctx.save_for_backward(x, weight, bias, known, signs, taps)
         ctx.spec, ctx.shape = spec, shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         own = is_own(holders(grad), grad)
-        x, weight, bias, mean, inv_std, signs, taps = ctx.saved_tensors
+        x, weight, bias, known, signs, taps = ctx.saved_tensors
         if torch.is_grad_enabled():
-            running = (None, None) if ctx.spec.training else (mean, inv_std**-2 - ctx.spec.eps)
+            running = (None, None) if ctx.spec.training else (known[0], known[1] ** -2 - ctx.spec.eps)
             return (*_differentiable(grad, ctx, (x, weight, bias), running, signs), None, None, None)
         given, grad = grad, _like(grad, x) if taps is None else grad.resolve_neg().contiguous()
         own = taps is None and (own or grad is not given)
-        return (*_backward(grad, ctx, x, weight, bias, mean, inv_std, signs, taps, own), None, None, None)
+        return (*_backward(grad, ctx, x, weight, bias, known, signs, taps, own), None, None, None)
 
 
 def _differentiable(
@@ -185,8 +183,7 @@ def _backward(
     x: Tensor,
     weight: Any,
     bias: Any,
-    mean: Tensor,
-    inv_std: Tensor,
+    known: Tensor,
     signs: Any,
     taps: Any,
     own: bool,  # grad may be overwritten
@@ -206,7 +203,7 @@ def _backward(
     grad_bias = x.new_empty(shape[1]) if for_bias else None
     native.norm_backward(
         x.dtype is torch.float64, *shape, spec.cap, spec.training, grad.data_ptr(), x.data_ptr(),
-        _pointer(signs), _pointer(weight), _pointer(bias), mean.data_ptr(), inv_std.data_ptr(),
+        _pointer(signs), _pointer(weight), _pointer(bias), *addresses(known),
         _pointer(grad_x), _pointer(masked), _pointer(grad_weight), _pointer(grad_bias), pool, _pointer(taps),
     )  # fmt: skip
     grad_residual = (masked if masked is not None else grad) if for_residual else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseprop.ops.windows import WindowSpec
 
-__all__ = ["NormSpec", "Stage", "statistics", "update_running"]
+__all__ = ["NormSpec", "Stage", "addresses", "running_arguments", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,32 @@ class Stage:
         return (
             all(tensor.shape == (channels,) and tensor.is_contiguous() for tensor in self.tensors())
             and (self.running[0] is None) == (self.running[1] is None)
+            and not any(tensor is not None and tensor.is_inference() for tensor in self.running)
             and (count > 1 if self.spec.training else self.running[0] is not None)
         )
 
 
-def statistics(stage: Stage, like: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Mean and inverse deviation if they are known, else room for those of the batch and its variance."""
+def statistics(stage: Stage, like: Tensor, channels: int) -> Tensor:
+    """Mean and inverse deviation, (2, channels), if they are known, else room for those of the batch."""
     if stage.spec.training:
-        mean, inv_std, variance = like.new_empty(3, channels).unbind()
-        return mean, inv_std, variance
+        return like.new_empty(2, channels)
     mean, variance = (cast(Tensor, tensor).detach() for tensor in stage.running)
-    return mean, (variance + stage.spec.eps).rsqrt(), None
+    return torch.stack((mean, (variance + stage.spec.eps).rsqrt()))
 
 
-def update_running(
-    running: tuple[Tensor | None, Tensor | None], mean: Tensor, variance: Tensor, momentum: float
-) -> None:
-    """Move running statistics, if there are any, towards those of a batch, (channels,) each."""
-    if momentum:
-        with torch.no_grad():
-            for kept, new in zip(running, (mean, variance), strict=True):
-                if kept is not None:
-                    kept.mul_(1 - momentum).add_(new, alpha=momentum)
+def addresses(known: Tensor) -> tuple[int, int]:
+    """Of the two rows of `statistics`."""
+    first = known.data_ptr()
+    return first, first + known.shape[1] * known.element_size()
+
+
+def running_arguments(stage: Stage) -> tuple[int, int, float]:
+    """Addresses of the running statistics that the kernels are to move, 0 if none, and the batch's share.
+
+    They count as written from now on.
+    """
+    mean, variance = stage.running
+    if mean is None or variance is None or not stage.spec.training or not stage.spec.momentum:
+        return 0, 0, 0.0
+    torch.autograd.graph.increment_version((mean, variance))
+    return mean.data_ptr(), variance.data_ptr(), stage.spec.momentum
