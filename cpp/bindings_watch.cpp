@@ -32,6 +32,14 @@ bool is_a(PyObject* value, py::handle type) {
   return answer == 1;
 }
 
+// Hooks that no forward pass calls, and what is said of hooks besides: a quarter of all objects.
+bool matters(PyObject* key) {
+  if (!PyUnicode_Check(key)) return true;
+  const char* const name = PyUnicode_AsUTF8(key);
+  if (name == nullptr) return PyErr_Clear(), true;
+  return !std::strstr(name, "state_dict_") && !std::strstr(name, "_hooks_");
+}
+
 // The memory that a look at some objects will touch. By the next look, kernels have driven it from the caches, and objects lead from
 // one to the other: asked for at once, their lines come side by side.
 class Lines {
@@ -69,32 +77,29 @@ class Lines {
   std::vector<uintptr_t> lines_;
 };
 
-// Where a tensor's elements lie, how many there are, of which type; of integers, also how often they were written to.
+// Where a tensor's elements lie, and how many bytes they take; or of integers, which are read ahead of time, how often they
+// were written to. Each question is a call of torch, most of what a look takes.
 class TensorFacts {
  public:
   explicit TensorFacts(py::handle tensor) : tensor_(tensor) {
     unsigned long long floating = 0;
-    known_ = number(PyObject_CallMethod(tensor.ptr(), "is_floating_point", nullptr), floating) && read(address_, size_, dtype_);
+    known_ = number(PyObject_CallMethod(tensor.ptr(), "is_floating_point", nullptr), floating) && address(address_) && bytes(bytes_);
     counted_ = !floating && version(version_);
   }
   bool hold() const {
-    unsigned long long address, size, version_now = 0;
-    const PyObject* dtype;
-    return known_ && read(address, size, dtype) && address == address_ && size == size_ && dtype == dtype_ &&
-           (!counted_ || (version(version_now) && version_now == version_));
+    unsigned long long now, bytes_now;
+    if (counted_) return known_ && version(now) && now == version_;
+    return known_ && address(now) && now == address_ && bytes(bytes_now) && bytes_now == bytes_;
   }
 
  private:
-  bool read(unsigned long long& address, unsigned long long& size, const PyObject*& dtype) const {
-    static PyObject *const data_ptr = PyUnicode_InternFromString("data_ptr"), *const numel = PyUnicode_InternFromString("numel"),
-                           *const type = PyUnicode_InternFromString("dtype");
-    PyObject* const t = tensor_.ptr();
-    if (!number(PyObject_CallMethodNoArgs(t, data_ptr), address) || !number(PyObject_CallMethodNoArgs(t, numel), size)) return false;
-    PyObject* const found = PyObject_GetAttr(t, type);
-    if (found == nullptr) return PyErr_Clear(), false;
-    dtype = found;  // dtypes live for ever
-    Py_DECREF(found);
-    return true;
+  bool address(unsigned long long& value) const {
+    static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+    return number(PyObject_CallMethodNoArgs(tensor_.ptr(), name), value);
+  }
+  bool bytes(unsigned long long& value) const {
+    static PyObject* const name = PyUnicode_InternFromString("nbytes");
+    return number(PyObject_GetAttr(tensor_.ptr(), name), value);
   }
   bool version(unsigned long long& value) const {
     static PyObject* const name = PyUnicode_InternFromString("_version");
@@ -103,8 +108,7 @@ class TensorFacts {
 
   py::handle tensor_;  // whoever made this keeps it
   bool counted_ = false, known_ = false;
-  unsigned long long address_ = 0, size_ = 0, version_ = 0;
-  const PyObject* dtype_ = nullptr;
+  unsigned long long address_ = 0, bytes_ = 0, version_ = 0;
 };
 
 class ModuleFacts;
@@ -116,6 +120,7 @@ class DictFacts {
   enum class Kind { attributes, children, other };
   DictFacts(PyObject* dict, py::handle tensor_type, py::handle module_type, Kind kind, Lines& lines);
   bool hold(PyObject* dict) const;
+  void add_own(Lines& lines) const;  // the memory that these facts are in
 
  private:
   struct Entry {
@@ -133,6 +138,10 @@ class ModuleFacts {
   ModuleFacts(py::handle module, py::handle tensor_type, py::handle module_type, Lines& lines)
       : type_(Py_TYPE(module.ptr())), attributes_(attributes_of(module.ptr()).ptr(), tensor_type, module_type, DictFacts::Kind::attributes, lines) {
     lines.add(module.ptr(), static_cast<size_t>(Py_TYPE(module.ptr())->tp_basicsize));
+  }
+  void add_own(Lines& lines) const {
+    lines.add(this, sizeof(*this));
+    attributes_.add_own(lines);
   }
   bool hold(PyObject* module) const { return Py_TYPE(module) == type_ && attributes_.hold(attributes_of(module).ptr()); }
 
@@ -154,7 +163,7 @@ DictFacts::DictFacts(PyObject* dict, py::handle tensor_type, py::handle module_t
     kept_.push_back(py::reinterpret_borrow<py::object>(key));
     if (kind == Kind::children && is_a(value, module_type)) {
       entry.module = std::make_unique<ModuleFacts>(value, tensor_type, module_type, lines);
-    } else if (kind == Kind::attributes && PyDict_Check(value)) {
+    } else if (kind == Kind::attributes && PyDict_Check(value) && matters(key)) {
       const bool children = PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "_modules") == 0;
       entry.dict = std::make_unique<DictFacts>(value, tensor_type, module_type, children ? Kind::children : Kind::other, lines);
     } else if (is_a(value, tensor_type)) {
@@ -182,10 +191,21 @@ bool DictFacts::hold(PyObject* dict) const {
   return true;
 }
 
+void DictFacts::add_own(Lines& lines) const {
+  lines.add(this, sizeof(*this));
+  lines.add(entries_.data(), entries_.size() * sizeof(Entry));
+  lines.add(tensors_.data(), tensors_.size() * sizeof(TensorFacts));
+  for (const Entry& entry : entries_) {
+    if (entry.dict) entry.dict->add_own(lines);
+    if (entry.module) entry.module->add_own(lines);
+  }
+}
+
 class ModuleWatch {
  public:
   explicit ModuleWatch(py::handle module)
       : module_(module.ptr()), facts_(module, py::module_::import("torch").attr("Tensor"), py::module_::import("torch.nn").attr("Module"), lines_) {
+    facts_.add_own(lines_);
     lines_.sort();
   }
   bool holds(py::handle module) const {
