@@ -167,6 +167,8 @@ void run_channels(const ChainShape& shape, bool backward, int64_t per_channel, R
 template <class S>
 void chain_forward(const ChainShape& shape, const ChainForward<S>& call) {
   const Windows& w = shape.windows;
+  if (call.first) known_stats(*call.first, shape.channels);
+  known_stats(*call.second, shape.channels);
   ChainSide<S> before(shape.images, shape.channels, w.in_size(), call.first_cap, call.first && call.first->training);
   ChainSide<S> behind(shape.images, shape.channels, w.out_size(), call.second_cap, call.second->training);
   run_channels<S>(shape, false, 0, [&](int64_t first, int64_t channels, DepthwisePlane<S>& convolution, S*) {

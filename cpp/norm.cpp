@@ -64,6 +64,7 @@ template <class S>
 void norm_forward(const NormShape& shape, const NormForward<S>& call) {
   const int64_t channels = shape.channels, count = shape.outer * shape.inner;
   const bool parallel = count * channels > kSerial;
+  known_stats(call, channels);
   Channels<S> per(channels, call.training);
   std::vector<S> close(call.x, call.x + channels);  // numbers near the means, as any element of the channel is
   NormArgs<S> all{};

@@ -16,20 +16,21 @@ struct NormShape {
   double cap;  // of the activation: 0 none, infinity ReLU, 6 ReLU6
 };
 
-// Running statistics, moved by `share` of the way towards those of a batch (the variance unbiased); both or neither null.
+// Running statistics. In training they are moved by `share` of the way towards those of a batch (the variance unbiased), if
+// they are not null; otherwise they are what to normalize by.
 template <class S>
 struct Running {
   S *mean, *variance;
   double share;
 };
 
-// All of one type S (float or double). `mean` and `inv_std` are written if `training`, otherwise read. With a `pool` (planes only, no residual) the result is that of max pooling behind
+// All of one type S (float or double). `mean` and `inv_std`, by which x is normalized, are written. With a `pool` (planes only, no residual) the result is that of max pooling behind
 // it, and the full-sized one is never written to memory; `taps`: where the maxima lie, may be null.
 template <class S>
 struct NormForward {
   const S *x, *residual, *gamma, *beta;
   S *mean, *inv_std, *out;
-  Running<S> running;  // if training
+  Running<S> running;
   bool training;
   double eps;
   const Windows* pool;

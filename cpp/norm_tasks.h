@@ -57,6 +57,15 @@ NormArgs<S> slice(const NormShape& shape, const NormArgs<S>& all, int64_t start,
   return a;
 }
 
+// What to normalize by where that does not follow from the batch.
+template <class S>
+void known_stats(const NormForward<S>& call, int64_t channels) {
+  for (int64_t c = 0; c < channels && !call.training; ++c) {
+    call.mean[c] = call.running.mean[c];
+    call.inv_std[c] = static_cast<S>(1.0 / std::sqrt(double(call.running.variance[c]) + call.eps));
+  }
+}
+
 template <class S>
 void finish_stats(const NormForward<S>& call, int64_t c, double count, double sum, double squares, double close) {
   const double mean = sum / count, variance = std::max(0.0, squares / count - mean * mean);

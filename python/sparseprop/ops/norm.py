@@ -16,7 +16,7 @@ from torch.nn import functional
 from sparseprop.ops.eligible import kernels_may_read
 from sparseprop.ops.owned import holders, is_own
 from sparseprop.ops.pool import max_pool2d
-from sparseprop.ops.stage import NormSpec, Stage, addresses, running_arguments, statistics
+from sparseprop.ops.stage import NormSpec, Stage, addresses, running_arguments
 from sparseprop.ops.windows import empty_result, native_windows, windows_fit
 
 __all__ = ["batch_norm"]
@@ -118,9 +118,8 @@ def _forward(
     x = x.resolve_neg()
     out = torch.empty_like(x) if spec.pool is None else empty_result(x, spec.pool)
     pool = None if spec.pool is None else native_windows(x.shape, spec.pool)
-    stage = Stage(running, weight, bias, spec)
-    known = statistics(stage, x, shape[1])
-    running_mean, running_variance, momentum = running_arguments(stage)
+    known = x.new_empty(2, shape[1])  # mean and inverse deviation
+    running_mean, running_variance, momentum = running_arguments(Stage(running, weight, bias, spec))
     native.norm_forward(
         x.dtype is torch.float64, *shape, spec.cap, spec.training, spec.eps,
         x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from sparseprop.ops.windows import WindowSpec
 
-__all__ = ["NormSpec", "Stage", "addresses", "running_arguments", "statistics"]
+__all__ = ["NormSpec", "Stage", "addresses", "running_arguments"]
 
 
 @dataclass(frozen=True)
@@ -61,27 +60,20 @@ class Stage:
         )
 
 
-def statistics(stage: Stage, like: Tensor, channels: int) -> Tensor:
-    """Mean and inverse deviation, (2, channels), if they are known, else room for those of the batch."""
-    if stage.spec.training:
-        return like.new_empty(2, channels)
-    mean, variance = (cast(Tensor, tensor).detach() for tensor in stage.running)
-    return torch.stack((mean, (variance + stage.spec.eps).rsqrt()))
-
-
 def addresses(known: Tensor) -> tuple[int, int]:
-    """Of the two rows of `statistics`."""
+    """Of mean and inverse deviation, (2, channels)."""
     first = known.data_ptr()
     return first, first + known.shape[1] * known.element_size()
 
 
 def running_arguments(stage: Stage) -> tuple[int, int, float]:
-    """Addresses of the running statistics that the kernels are to move, 0 if none, and the batch's share.
+    """Addresses of the running statistics as the kernels take them, and the share of a batch in them.
 
-    They count as written from now on.
+    Those that a batch is to move count as written from now on. 0 for those that nobody needs.
     """
-    mean, variance = stage.running
-    if mean is None or variance is None or not stage.spec.training or not stage.spec.momentum:
+    (mean, variance), spec = stage.running, stage.spec
+    if mean is None or variance is None or (spec.training and not spec.momentum):
         return 0, 0, 0.0
-    torch.autograd.graph.increment_version((mean, variance))
-    return mean.data_ptr(), variance.data_ptr(), stage.spec.momentum
+    if spec.training:
+        torch.autograd.graph.increment_version((mean, variance))
+    return mean.data_ptr(), variance.data_ptr(), spec.momentum
