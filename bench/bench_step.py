@@ -204,7 +204,7 @@ def table(rows: list[dict]) -> str:
             row["batch"],
             *(f"{ms[form]:.0f} ({form})" for form in step["best"]),
             f"**{step['speedup']:.2f}x**",
-            f"{row['wanted']:g}x",
+            f"{row['wanted']:g}x" if row["wanted"] else "-",
             *(f"{row[f'inference {size}']['speedup']:.2f}x" for size in (1, 32)),
             " / ".join(compiled) or "-",
             f"{100 * memory['ratio']:.1f} % ({100 * memory['ratio with indices']:.1f} %)",

@@ -14,7 +14,7 @@ __all__ = ["MODELS", "Net", "prune"]
 
 @dataclass(frozen=True)
 class Net:
-    """A network, its batch, and the speed-ups wanted: by sparsity, of a training step.
+    """A network, its batch, and the speed-ups wanted: by sparsity, of a training step, None for any.
 
     `make(small)` and `example(batch, small)` give the full form, or a smaller one to check results on.
     `dense` names layers that stay dense, as patterns.
@@ -23,7 +23,7 @@ class Net:
     make: Callable[[bool], nn.Module]
     example: Callable[[int, bool], Tensor]
     batch: int
-    wanted: dict[float, float]
+    wanted: dict[float, float | None]
     classes: int
     dense: tuple[str, ...] = ()
     images: bool = True
@@ -76,7 +76,7 @@ def _features(batch: int, small: bool) -> Tensor:
 
 MODELS = {
     "resnet50": Net(_vision("resnet50"), _images, 32, {0.95: 3.5, 0.9: 2.5}, 1000, ("conv1", "fc")),
-    "resnet18": Net(_vision("resnet18"), _images, 64, {0.95: 3.0}, 1000, ("conv1", "fc")),
+    "resnet18": Net(_vision("resnet18"), _images, 64, {0.95: 3.0, 0.9: None}, 1000, ("conv1", "fc")),
     # pointwise convolutions only: the first layer, depthwise ones and the classifier stay dense
     "mobilenet_v2": Net(
         _vision("mobilenet_v2"), _images, 32, {0.9: 2.0}, 1000, ("features.0.0", "classifier.1")
@@ -85,7 +85,7 @@ MODELS = {
     "bert": Net(
         lambda small: Bert(2 if small else 12), _tokens, 8, {0.9: 3.0, 0.97: 4.0}, 2, ("classifier",), False
     ),
-    "mlp": Net(_mlp, _features, 256, {0.95: 8.0}, 10, ("8",), False),
+    "mlp": Net(_mlp, _features, 256, {0.95: 8.0, 0.9: None}, 10, ("8",), False),
 }
 
 
