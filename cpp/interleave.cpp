@@ -22,7 +22,9 @@ class Halves {
   void add(const Triple& phase, int64_t rows) {
     const Placement place = place_input(layer_, sizes_, grid_, strides_, phase);
     for_each_run(grid_, place, columns_, [&](const RunOfData& run) {
-      halves_.push_back({run.element, run.count, rows < 0 ? -1 : rows + run.column});
+      const bool row = run.step == 2;  // else a run down a column: rows hold one element of the phase each
+      for (int64_t k = 0; k < (row ? 1 : run.count); ++k)
+        halves_.push_back({run.element + k * run.step, row ? run.count : 1, rows < 0 ? -1 : rows + run.column + k});
     });
   }
 

@@ -7,6 +7,8 @@ SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129)  # around every 
 # convolution options: (dims, in_channels, out_channels, kernel_size, input size, options)
 CONVS = {
     "pointwise": (2, 8, 12, 1, (7, 7), {}),
+    "pointwise stride 2, two columns": (2, 8, 12, 1, (5, 2), {"stride": 2}),
+    "3x3 stride 2, two columns": (2, 5, 6, 3, (4, 2), {"padding": 1, "stride": 2}),
     "pointwise stride 2": (2, 8, 12, 1, (7, 8), {"stride": 2}),
     "3x3": (2, 5, 6, 3, (9, 8), {"padding": 1}),
     "3x3 stride 2": (2, 5, 6, 3, (9, 8), {"padding": 1, "stride": 2}),

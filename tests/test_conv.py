@@ -1,11 +1,14 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
 from cases import CONVS, SIZES, WRONG_CONV_INPUTS, WRONG_CONVS
-from checks import LAYOUTS, NEEDS, assert_right, in_order, run
+from checks import LAYOUTS, NEEDS, assert_right, in_order, run, running
 from sparseprop import SparsePropError
+from sparseprop.backend import available_isas
 from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d
 
 SPARSE = {1: SparseConv1d, 2: SparseConv2d, 3: SparseConv3d}
@@ -165,3 +168,31 @@ def test_results_are_bitwise_repeatable_and_two_threads_are_right(backend, two_t
         assert_right(layer, x, grad)
         first, second = run(layer, x, grad), run(layer, x, grad)
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """New tensors hold NaN, so that no element can be right by chance."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("isa", available_isas())
+def test_strided_layers_write_every_input_gradient(poisoned_memory, isa, kernel, stride):
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    for padding, height, width in itertools.product(range(kernel), (1, 2, 3, 5, 8), (1, 2, 3, 4, 7, 8, 67)):
+        if min(height, width) + 2 * padding < kernel:
+            continue
+        torch.manual_seed(0)
+        options = {"stride": stride, "padding": padding, "bias": False, "dtype": torch.float64}
+        layer = SparseConv2d.random(4, 6, kernel, density=0.4, **options)
+        x = torch.randn(3, 4, height, width, dtype=torch.float64, requires_grad=True)
+        grad = torch.randn_like(layer(x))
+        with running(isa):
+            found = torch.autograd.grad(layer(x), x, grad)[0]
+        wanted = torch.autograd.grad(layer.to_dense()(x), x, grad)[0]
+        assert torch.allclose(found, wanted), (padding, height, width)
