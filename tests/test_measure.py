@@ -7,6 +7,7 @@ from torch import nn
 import sparseprop
 from sparseprop.errors import SparsePropError
 from sparseprop.swap.measure import InputSpec, capture
+from sparseprop.swap.plan import SwapPlan
 from sparseprop.swap.planner import Planner, plan
 from swap_cases import FakeTimer, TwoLayers, small_cnn, sparsify
 
@@ -23,11 +24,49 @@ def test_measured_layers_follow_the_timer():
     assert entry.reason == "measured: 2.00x dense speed"
 
 
-def test_dense_convolutions_count_with_their_best_layout():
-    timer = FakeTimer(**{"dense": 2.0, "dense channels_last": 0.5, "sparse": 1.0})
-    entry = Planner(timer=timer).plan(sparsify(nn.Conv2d(4, 4, 3), 0.5), torch.ones(2, 4, 5, 5))[0]
-    assert (entry.choice, entry.dense_ms) == ("dense", 500.0)
-    assert timer.calls == [["sparse", "dense", "dense channels_last"]]
+def two_convolutions():
+    """On images, of which the second may become sparse."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), sparsify(nn.Conv2d(4, 4, 3), 0.5), nn.Flatten(), nn.Linear(4, 2))
+
+
+LAST = {"dense channels_last": 1.0, "sparse channels_last": 3.0}  # seconds
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "layout", "choice"),
+    [
+        (2.0, 0.1, "channels_last", "dense"),  # 2.1 together against 2.0
+        (1.5, 0.4, "contiguous", "sparse"),  # 1.9: the second is faster than dense anywhere
+        (0.9, 0.8, "contiguous", "sparse"),
+        (1.2, 1.3, "channels_last", "dense"),
+    ],
+)
+def test_layers_choose_in_the_layout_that_costs_least_together(dense, sparse, layout, choice):
+    timer = FakeTimer(dense=dense, sparse=sparse, **LAST)
+    found = Planner(timer=timer).plan(two_convolutions(), torch.ones(2, 3, 5, 5)[..., :5, :5])
+    assert timer.calls == [["dense", "dense channels_last"], ["sparse", "dense", *reversed(LAST)]]
+    assert (found.layout, found["1"].choice, found["0"].choice) == (layout, choice, "dense")
+    times = (LAST["dense channels_last"], 3.0) if layout == "channels_last" else (dense, sparse)
+    assert (found["1"].dense_ms, found["1"].sparse_ms) == tuple(1e3 * t for t in times)
+    assert ("channels_last" in found["1"].reason) == (layout == "channels_last")
+    assert str(found).endswith(f"images cost least {layout}")
+    assert SwapPlan.from_json(found.to_json()) == found
+    assert found[:1].layout == layout
+
+
+def test_depthwise_convolutions_have_no_say_in_the_layout():
+    timer = FakeTimer(dense=1.0, sparse=0.5)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), sparsify(nn.Conv2d(3, 4, 3), 0.5))
+    assert Planner(timer=timer).plan(model, torch.ones(2, 3, 5, 5)).layout == "contiguous"
+    assert len(timer.calls) == 1
+
+
+def test_without_images_there_is_no_layout_to_choose():
+    timer = FakeTimer(dense=1.0, sparse=0.5)
+    found = Planner(timer=timer).plan(nn.Sequential(sparsify(nn.Linear(20, 20), 0.5)), torch.ones(2, 20))
+    assert found.layout is None
+    assert timer.calls == [["sparse", "dense"]]
+    assert sparseprop.plan(two_convolutions()).layout is None
 
 
 def test_equal_layers_are_measured_once_and_others_again():

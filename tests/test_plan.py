@@ -81,6 +81,7 @@ def _json(**changes):
         ("[]", "is written as"),
         ('{"format": 99, "layers": []}', "is written as"),
         ('{"format": 1, "layers": [3]}', "needs the fields .* got int"),
+        ('{"format": 1, "layout": "nhwc", "layers": []}', "layout .* got 'nhwc'"),
         (_json(extra=1), "needs the fields"),
         (_json(choice="csr"), "LayerPlan 'fc': choice must be \"sparse\" or \"dense\", got 'csr'"),
         (_json(shape="10"), "LayerPlan 'fc': shape must be a tuple of ints"),

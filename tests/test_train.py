@@ -1,5 +1,6 @@
 """A job from configuration to result: schedules, masks, phases, files, and what is refused at once."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from torch.nn.utils import prune
 
 import sparseprop
 from job_cases import REFUSED_OPTIONS, image_folder, small_job
+from sparseprop import SwapPlan
 from sparseprop.checkpoint import load_checkpoint
 from sparseprop.data import load_data
 from sparseprop.errors import SparsePropError
 from sparseprop.nn import SparseLayer
 from sparseprop.swap.machines import INTEL
-from sparseprop.train import FinetuneConfig, ModelSpec, Progress, build_model, finetune, report
+from sparseprop.train import FinetuneConfig, ModelSpec, Progress, build_model, finetune, report, swapping
 from sparseprop.train.loop import make_optimizer, rate_at
 from sparseprop.train.phases import phases_of
 from sparseprop.train.prune import CubicSchedule, magnitude_masks, prunable_layers
@@ -154,6 +156,24 @@ def test_sparse_model_is_fused_if_wanted_and_learns_the_same(
     assert bool(fused) == fuse
     monkeypatch.undo()
     other = finetune(small_job(tmp_path / "other", fuse=not fuse))
+    assert result.accuracy_sparse == pytest.approx(other.accuracy_sparse, abs=0.02)
+
+
+def test_a_plan_for_channels_last_images_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = swapping.planned
+
+    def planned(*args: Any) -> SwapPlan:
+        return dataclasses.replace(plan(*args), layout="channels_last")
+
+    swapped, original = [], sparseprop.fuse
+    monkeypatch.setattr(sparseprop, "fuse", lambda model: swapped.append(original(model)) or swapped[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(swapping, "planned", planned)
+        result = finetune(small_job(tmp_path / "run"))
+    dense = [module for module in swapped[0].modules() if isinstance(module, nn.Conv2d)]
+    assert dense
+    assert all(module.weight.is_contiguous(memory_format=torch.channels_last) for module in dense)
+    other = finetune(small_job(tmp_path / "other"))
     assert result.accuracy_sparse == pytest.approx(other.accuracy_sparse, abs=0.02)
 
 

@@ -14,9 +14,26 @@ from torch.utils.hooks import RemovableHandle
 
 from sparseprop.errors import SparsePropError
 from sparseprop.swap.kinds import Facts, facts, sparse_from_dense
-from sparseprop.timing import Timer, module_step
+from sparseprop.timing import Comparison, Timer, module_step
 
-__all__ = ["InputSpec", "Measured", "Measurements", "as_arguments", "capture", "measure_layer"]
+__all__ = [
+    "CHANNELS_LAST",
+    "CONTIGUOUS",
+    "InputSpec",
+    "Measured",
+    "Measurements",
+    "Times",
+    "as_arguments",
+    "capture",
+    "least_layout",
+    "measure_layer",
+]
+
+CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+_FORMATS = {
+    4: (nn.Conv2d, torch.channels_last),
+    5: (nn.Conv3d, torch.channels_last_3d),
+}  # by dimensions of images
 
 _SAME_SPARSITY = 0.01
 
@@ -40,12 +57,44 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Milliseconds a step of both forms, and the median ratio of sparse over dense of paired runs."""
+class Times:
+    """Milliseconds a step of both forms, and the median ratio of sparse over dense of paired runs; None for a
+    layer without zeros.
+    """
 
     dense_ms: float
-    sparse_ms: float
-    ratio: float
+    sparse_ms: float | None = None
+    ratio: float | None = None
+
+    @property
+    def least_ms(self) -> float:
+        """Of the faster form."""
+        return self.dense_ms if self.sparse_ms is None else min(self.dense_ms, self.sparse_ms)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times in each layout of images, or in the only one."""
+
+    by_layout: Mapping[str, Times]
+
+    def within(self, layout: str | None) -> Times:
+        """Times where the images of a model are in this layout."""
+        return self.by_layout.get(layout or CONTIGUOUS, self.by_layout[CONTIGUOUS])
+
+
+def least_layout(measured: Iterable[Measured]) -> str | None:
+    """The layout in which layers cost least together, each in its faster form; None if no layer has any.
+
+    >>> convolution = Measured({CONTIGUOUS: Times(4.0, 3.0, 0.75), CHANNELS_LAST: Times(2.0, 5.0, 2.5)})
+    >>> least_layout([convolution, Measured({CONTIGUOUS: Times(9.0, 1.0, 0.1)})])
+    'channels_last'
+    """
+    known = list(measured)
+    layouts = {layout: None for each in known for layout in each.by_layout}
+    if len(layouts) < 2:
+        return None
+    return min(layouts, key=lambda layout: sum(each.within(layout).least_ms for each in known))
 
 
 @dataclass(frozen=True)
@@ -112,36 +161,59 @@ class Measurements:
         parameters = tuple((p.dtype, p.requires_grad) for p in layer.parameters())
         key = _Key(facts(layer), spec, parameters)
         for known_key, known_sparsity, measured in self._known:
-            if known_key == key and abs(known_sparsity - sparsity) <= _SAME_SPARSITY:
+            alike = abs(known_sparsity - sparsity) <= _SAME_SPARSITY and (known_sparsity > 0) == (
+                sparsity > 0
+            )
+            if known_key == key and alike:
                 return measured
         with torch.inference_mode(False):  # the example may have run in it, its tensors cannot be stepped on
-            measured = measure_layer(layer, name, spec, self._timer)
+            measured = measure_layer(layer, name, sparsity, spec, self._timer)
         self._known.append((key, sparsity, measured))
         return measured
 
 
-def measure_layer(layer: nn.Module, name: str, spec: InputSpec, timer: Timer) -> Measured:
-    """Time both forms of `layer` in turn on inputs like `spec`.
+def measure_layer(layer: nn.Module, name: str, sparsity: float, spec: InputSpec, timer: Timer) -> Measured:
+    """Time both forms of `layer` in turn on inputs like `spec`, images contiguous and channels_last.
 
-    A dense convolution counts with the faster of the contiguous and the channels_last layout of its input and
-    weight; the sparse layer gets the input in the layout that the model really hands it.
+    Inputs that are neither count as contiguous, as they are. A layer without zeros has a dense form alone.
     """
-    sparse = sparse_from_dense(layer, name)
-    dense = sparse.to_dense()
     x = spec.make()
-    steps = {"sparse": module_step(sparse, x, grad=spec.grad_enabled)}
-    layouts = {"dense": torch.contiguous_format}
-    if isinstance(dense, nn.Conv2d) and x.dim() == 4:
-        layouts["dense channels_last"] = torch.channels_last
-    elif isinstance(dense, nn.Conv3d) and x.dim() == 5:
-        layouts["dense channels_last"] = torch.channels_last_3d
-    for form, layout in layouts.items():
-        like = copy.deepcopy(dense).to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
-        theirs = x.detach().contiguous(memory_format=layout).requires_grad_(spec.requires_grad)
-        steps[form] = module_step(like, theirs, grad=spec.grad_enabled)
+    layouts = _layouts(layer, x)
+    sparse = sparse_from_dense(layer, name)
+    forms: dict[str, nn.Module] = {"sparse": sparse} if sparsity > 0 else {}
+    forms["dense"] = sparse.to_dense()
+    steps = {}
+    for layout, (form, given) in layouts.items():
+        for kind, module in forms.items():
+            laid = copy.deepcopy(module).to(memory_format=form)  # type: ignore[call-overload]  # torch's stub lacks it
+            steps[_step(kind, layout)] = module_step(laid, given, grad=spec.grad_enabled)
     times = timer(steps)
-    best = times.fastest(*layouts)
-    return Measured(times.median_ms(best), times.median_ms("sparse"), times.ratio("sparse", best))
+    return Measured({layout: _times(times, layout, sparsity > 0) for layout in layouts})
+
+
+def _layouts(layer: nn.Module, x: torch.Tensor) -> dict[str, tuple[torch.memory_format, torch.Tensor]]:
+    """Memory format of the weights and input of each layout."""
+    kind, form = _FORMATS.get(x.dim(), (None, None))
+    if kind is None or form is None or not isinstance(layer, kind):
+        return {CONTIGUOUS: (torch.contiguous_format, x)}
+    plain, last = (
+        x.detach().contiguous(memory_format=each).requires_grad_(x.requires_grad)
+        for each in (torch.contiguous_format, form)
+    )
+    if not x.is_contiguous(memory_format=form):
+        plain = x
+    return {CONTIGUOUS: (torch.contiguous_format, plain), CHANNELS_LAST: (form, last)}
+
+
+def _step(kind: str, layout: str) -> str:
+    return kind if layout == CONTIGUOUS else f"{kind} {layout}"
+
+
+def _times(times: Comparison, layout: str, both: bool) -> Times:
+    dense, sparse = _step("dense", layout), _step("sparse", layout)
+    if not both:
+        return Times(times.median_ms(dense))
+    return Times(times.median_ms(dense), times.median_ms(sparse), times.ratio(sparse, dense))
 
 
 def as_arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:

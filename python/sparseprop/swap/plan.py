@@ -74,6 +74,11 @@ class SwapPlan:
     Behaves as a sequence of `LayerPlan`, prints as a table, and survives `to_json` and `from_json` unchanged,
     so that every process of a job, or every re-run, can make the same swap.
 
+    Attributes:
+        layers: the decisions.
+        layout: of images, ``"contiguous"`` or ``"channels_last"``, in which the measured layers cost least
+            together; None if nothing was measured that has a choice.
+
     >>> plan = SwapPlan((LayerPlan("fc", "Linear", (10, 20), 0.9, "sparse", None, None, "at least 0.8"),))
     >>> print(plan)
     layer  kind    shape  sparsity  choice  dense ms  sparse ms  reason
@@ -84,8 +89,13 @@ class SwapPlan:
     """
 
     layers: tuple[LayerPlan, ...] = ()
+    layout: str | None = None
 
     def __post_init__(self) -> None:
+        if self.layout not in (None, "contiguous", "channels_last"):
+            raise SparsePropError(
+                f'layout of a SwapPlan must be "contiguous", "channels_last" or None, got {self.layout!r}.'
+            )
         object.__setattr__(self, "layers", tuple(self.layers))
         seen: set[str] = set()
         for layer in self.layers:
@@ -102,7 +112,8 @@ class SwapPlan:
 
     def to_json(self) -> str:
         """The plan as JSON text."""
-        return json.dumps({"format": _FORMAT, "layers": [asdict(layer) for layer in self.layers]}, indent=1)
+        layers = [asdict(layer) for layer in self.layers]
+        return json.dumps({"format": _FORMAT, "layout": self.layout, "layers": layers}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "SwapPlan":
@@ -120,7 +131,7 @@ class SwapPlan:
             raise SparsePropError(
                 f'A SwapPlan is written as {{"format": {_FORMAT}, "layers": [...]}}, got {text[:60]!r}.'
             )
-        return cls(tuple(_layer_from_json(entry) for entry in layers))
+        return cls(tuple(_layer_from_json(entry) for entry in layers), data.get("layout"))
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -135,7 +146,7 @@ class SwapPlan:
     def __getitem__(self, key: int | str | slice) -> "LayerPlan | SwapPlan":
         """By position, by slice (a smaller plan), or by layer name."""
         if isinstance(key, slice):
-            return SwapPlan(self.layers[key])
+            return SwapPlan(self.layers[key], self.layout)
         if isinstance(key, int):
             return self.layers[key]
         for layer in self.layers:
@@ -146,7 +157,8 @@ class SwapPlan:
 
     def __str__(self) -> str:
         lines = table_lines(_HEADER, [_row(layer) for layer in self.layers], _RIGHT_ALIGNED)
-        lines.append(f"{len(self.sparse_names)} of {len(self)} layers become sparse")
+        chosen = f"{len(self.sparse_names)} of {len(self)} layers become sparse"
+        lines.append(f"{chosen}; images cost least {self.layout}" if self.layout else chosen)
         return "\n".join(lines)
 
 

@@ -12,7 +12,15 @@ from sparseprop.swap.cost import estimate, keep_dense_rule
 from sparseprop.swap.cuda import is_cuda, parse_cuda_pattern, plan_semi_structured
 from sparseprop.swap.decide import Candidate, FilterFn, check_model, survey
 from sparseprop.swap.kinds import facts
-from sparseprop.swap.measure import InputSpec, Measurements, capture
+from sparseprop.swap.measure import (
+    CHANNELS_LAST,
+    InputSpec,
+    Measured,
+    Measurements,
+    Times,
+    capture,
+    least_layout,
+)
 from sparseprop.swap.plan import LayerPlan, SwapPlan
 from sparseprop.timing import Timer, compare
 
@@ -41,7 +49,9 @@ def plan(
         model: any eager module. It is left as it is: weights, buffers, training flags, random state.
         example_input: one real batch: a tensor, a tuple of positional or a dict of named arguments. The
             model runs on it once, then both forms of each layer are timed on inputs of the shapes seen there,
-            forward and backward; under ``torch.no_grad()`` forward only. Without it times are estimated.
+            forward and backward; under ``torch.no_grad()`` forward only. Images are timed contiguous and
+            channels_last, and all layers choose within the layout in which their faster forms cost least
+            together: `SwapPlan.layout`, which model and images are best in. Without it times are estimated.
         min_sparsity: from 0 to 1. Each eligible layer at least that sparse becomes sparse, however slow.
         filter_fn: ``filter_fn(module, name) -> bool``; layers for which it is false stay dense.
         measure: False estimates the times even where `example_input` tells the shapes.
@@ -97,19 +107,38 @@ class Planner:
         specs: dict[int, InputSpec] = {}
         if example_input is not None and self.min_sparsity is None:
             specs = capture(model, example_input, [c.module for c in candidates if c.reason is None])
+        measured = self._measured(candidates, specs)
+        layout = least_layout(measured.values())
         estimated = "estimated" if example_input is None else "not reached by example_input, estimated"
-        measurements = Measurements(self.timer)
         layers = []
         for candidate in candidates:
             spec = specs.get(id(candidate.module))
+            times = measured[candidate.name].within(layout) if candidate.name in measured else None
             how = estimated if spec is None else "measured" if self.measure else "estimated"
-            layer = self._decide(candidate, spec, measurements, how)
+            if times is not None and layout == CHANNELS_LAST:
+                how += f" in {layout}"
+            layer = self._decide(candidate, spec, times, how)
             logger.debug("%s: %s, %s", layer.name, layer.choice, layer.reason)
             layers.append(layer)
-        return SwapPlan(tuple(layers))
+        return SwapPlan(tuple(layers), layout)
+
+    def _measured(self, candidates: list[Candidate], specs: dict[int, InputSpec]) -> dict[str, Measured]:
+        """By name, layers that may become sparse, and convolutions of images that stay dense in any case.
+
+        Not depthwise ones: `fuse` runs those with what surrounds them, contiguous, faster than either.
+        """
+        measurements, found = Measurements(self.timer), {}
+        for candidate in candidates:
+            module, sparsity, spec = candidate.module, candidate.sparsity, specs.get(id(candidate.module))
+            if not self.measure or spec is None or candidate.reason is not None or sparsity is None:
+                continue
+            images = isinstance(module, nn.Conv2d | nn.Conv3d) and not facts(module).depthwise
+            if sparsity > 0 or images:
+                found[candidate.name] = measurements.of(module, candidate.name, sparsity, spec)
+        return found
 
     def _decide(
-        self, candidate: Candidate, spec: InputSpec | None, measurements: Measurements, how: str
+        self, candidate: Candidate, spec: InputSpec | None, times: Times | None, how: str
     ) -> LayerPlan:
         sparsity = candidate.sparsity
         if candidate.reason is not None or sparsity is None:
@@ -120,9 +149,8 @@ class Planner:
             return _layer(candidate, "sparse" if enough else "dense", reason)
         if sparsity == 0:
             return _layer(candidate, "dense", "dense weight, no zeros")
-        if spec is not None and self.measure:
-            measured = measurements.of(candidate.module, candidate.name, sparsity, spec)
-            return _by_ratio(candidate, measured.ratio, (measured.dense_ms, measured.sparse_ms), how)
+        if times is not None and times.ratio is not None and times.sparse_ms is not None:
+            return _by_ratio(candidate, times.ratio, (times.dense_ms, times.sparse_ms), how)
         return _estimated(candidate, sparsity, spec, how)
 
 

@@ -166,14 +166,13 @@ def _measured(plan: SwapPlan, masked: nn.Module, config: FinetuneConfig, spec: M
     example = torch.zeros(config.batch_size, spec.channels, spec.image_size, spec.image_size)
     choices = {layer.name: layer for layer in plan}
     timed = sparseprop.plan(masked, example, filter_fn=lambda _, name: choices[name].sparse_ms is not None)
-    return SwapPlan(
-        tuple(
-            choices[layer.name]
-            if layer.sparse_ms is None
-            else dataclasses.replace(layer, choice=choices[layer.name].choice)
-            for layer in timed
-        )
+    layers = (
+        choices[layer.name]
+        if layer.sparse_ms is None
+        else dataclasses.replace(layer, choice=choices[layer.name].choice)
+        for layer in timed
     )
+    return dataclasses.replace(plan, layers=tuple(layers))
 
 
 def _planned_sparsity(plan: SwapPlan) -> float:

@@ -35,6 +35,8 @@ def swap_pruned(
         _require_sparse(plan)
         write_text(plan_file, plan.to_json())
     model = sparseprop.swap_modules(model, plan=plan)
+    if plan.layout == "channels_last":  # images follow the first dense convolution
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     left = {name: mask for name, mask in masks.items() if name not in plan.sparse_names}
     for name in left:
         prune.remove(model.get_submodule(name), "weight")  # type: ignore[no-untyped-call]
@@ -71,12 +73,10 @@ def planned(
         measure=config.measure,
     )
     unpruned = {layer.name for layer in plan} - set(names)
-    return SwapPlan(
-        tuple(
-            dataclasses.replace(layer, reason=NOT_PRUNED) if layer.name in unpruned else layer
-            for layer in plan
-        )
+    layers = (
+        dataclasses.replace(layer, reason=NOT_PRUNED) if layer.name in unpruned else layer for layer in plan
     )
+    return dataclasses.replace(plan, layers=tuple(layers))
 
 
 def _require_sparse(plan: SwapPlan) -> None:
