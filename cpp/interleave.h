@@ -16,7 +16,8 @@ struct PhaseRows {
 bool takes_phases(const Layer& layer, const Grid& grid, const Strides& strides);
 
 // tensor = rows[channel, columns] wherever the grid holds data, 0 in the phases that the kernel strides over. Each line of
-// the tensor is written once, not once per phase and element by element: 1x1 layers 18 -> 12 ms.
+// the tensor is written once, not once per phase and element by element (256 -> 512 channels, 1x1, 56x56, batch 32: 17.6 ->
+// 9.6 ms in all).
 template <class S, class Out>
 void unpack_phases(const Kernels& kernels, const Layer& layer, const Sizes& sizes, const Grid& grid, Out* tensor,
                    const Strides& strides, Columns columns, const PhaseRows<S>& rows);

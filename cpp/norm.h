@@ -24,8 +24,9 @@ struct Running {
   double share;
 };
 
-// All of one type S (float or double). `mean` and `inv_std`, by which x is normalized, are written. With a `pool` (planes only, no residual) the result is that of max pooling behind
-// it, and the full-sized one is never written to memory; `taps`: where the maxima lie, may be null.
+// All of one type S (float or double). `mean` and `inv_std`, by which x is normalized, are written. With a `pool` (planes only,
+// no residual) the result is that of max pooling behind it, and the full-sized one is never written to memory; `taps`: where
+// the maxima lie, may be null.
 template <class S>
 struct NormForward {
   const S *x, *residual, *gamma, *beta;

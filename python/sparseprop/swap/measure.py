@@ -30,10 +30,8 @@ __all__ = [
 ]
 
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
-_FORMATS = {
-    4: (nn.Conv2d, torch.channels_last),
-    5: (nn.Conv3d, torch.channels_last_3d),
-}  # by dimensions of images
+# by dimensions of the images
+_FORMATS = {4: (nn.Conv2d, torch.channels_last), 5: (nn.Conv3d, torch.channels_last_3d)}
 
 _SAME_SPARSITY = 0.01
 
@@ -74,7 +72,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Measured:
-    """Times in each layout of images, or in the only one."""
+    """Times by layout of the images; of a layer without images, as contiguous ones."""
 
     by_layout: Mapping[str, Times]
 
@@ -84,7 +82,7 @@ class Measured:
 
 
 def least_layout(measured: Iterable[Measured]) -> str | None:
-    """The layout in which layers cost least together, each in its faster form; None if no layer has any.
+    """The layout in which layers cost least together, each in its faster form; None if none takes images.
 
     >>> convolution = Measured({CONTIGUOUS: Times(4.0, 3.0, 0.75), CHANNELS_LAST: Times(2.0, 5.0, 2.5)})
     >>> least_layout([convolution, Measured({CONTIGUOUS: Times(9.0, 1.0, 0.1)})])
@@ -161,10 +159,8 @@ class Measurements:
         parameters = tuple((p.dtype, p.requires_grad) for p in layer.parameters())
         key = _Key(facts(layer), spec, parameters)
         for known_key, known_sparsity, measured in self._known:
-            alike = abs(known_sparsity - sparsity) <= _SAME_SPARSITY and (known_sparsity > 0) == (
-                sparsity > 0
-            )
-            if known_key == key and alike:
+            same_forms = (known_sparsity > 0) == (sparsity > 0)
+            if known_key == key and same_forms and abs(known_sparsity - sparsity) <= _SAME_SPARSITY:
                 return measured
         with torch.inference_mode(False):  # the example may have run in it, its tensors cannot be stepped on
             measured = measure_layer(layer, name, sparsity, spec, self._timer)
