@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from checks import running
-from sparseprop import backend, fuse
+from sparseprop import SparsePropError, backend, fuse
 from sparseprop.backend import available_isas
 from sparseprop.nn import SparseConv2d, SparseLinear
 from sparseprop.nn.shared import shared
@@ -31,7 +31,6 @@ def layer_and_input(kind, layout="contiguous", dtype=torch.float64, batch=5):
     kernel, options = LAYERS[kind]
     layer = SparseConv2d.random(20, 37, kernel, density=0.2, **options).to(dtype)
     x = LAYOUTS[layout](torch.randn(batch, 20, 9, 11, dtype=dtype)).requires_grad_()
-    layer(x)  # the first call of its kind is never shared
     return layer, x
 
 
@@ -129,9 +128,12 @@ class _Shared(nn.Module):
 
 def test_what_keeps_a_layer_from_sharing():
     layer, x = layer_and_input("1x1")
-    assert is_shared(layer, x)
-    assert not is_shared(layer, x[:2])  # the first call for this shape
+    assert is_shared(layer, x)  # from the first call on
     assert is_shared(layer, x[:2])
+    for wrong in (x.float(), x[:, :3], x[0, 0]):
+        with pytest.raises(SparsePropError):
+            shared(layer, wrong)
+    assert not is_shared(layer, x[0])  # no batch: the layer makes it one
     assert shared(layer, x.detach())[1].grad_fn is None
     with torch.no_grad():
         assert shared(layer, x)[0].grad_fn is None
@@ -195,12 +197,12 @@ def test_fused_blocks_share_what_they_may(shortcut):
         nn.Conv2d(6, 6, 1), Block(shortcut), *([] if shortcut == "returned" else [Block(shortcut)])
     )
     fused = fuse(copy.deepcopy(model))
-    for run in range(2):
+    for _ in range(2):
         x = torch.randn(3, 6, 8, 8)
         outs = [net(x) for net in (fused, model)]
         outs = [out[0] if shortcut == "returned" else out for out in outs]
         torch.testing.assert_close(*outs)
-        assert ("SharedBackward" in names_behind(outs[0])) == (run > 0 and shortcut in ("identity", "module"))
+        assert ("SharedBackward" in names_behind(outs[0])) == (shortcut in ("identity", "module"))
         for out in outs:
             (out**2).sum().backward()
     for (name, found), wanted in zip(fused.named_parameters(), model.parameters(), strict=True):

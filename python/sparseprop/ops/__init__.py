@@ -114,12 +114,29 @@ def apply_shared(
 ) -> tuple[Tensor, Tensor] | None:
     """The output, and an `x` for other readers, whose gradients become part of the layer's input gradient.
 
-    None if it is the first call of its kind, or the kernels cannot do it. Not for layers that pad first.
+    None if the kernels cannot do it. Not for layers that pad first.
     """
+    if forward_ad._current_level >= 0:
+        return None
     call = _recalled(operator, x, values, bias)
-    if call is None or forward_ad._current_level >= 0:
+    if call is None and _may_call(operator, x, values):
+        operator.call_for(x)  # shared from the first call on: sums are rounded in another order than apart
+        call = _recalled(operator, x, values, bias)
+    if call is None:
         return None
     return eager.contract_shared(x, values, bias, operator, call)
+
+
+def _may_call(operator: Operator, x: Tensor, values: Tensor) -> bool:
+    """Whether the dtype and channels of an input are right, and the layer does not unsqueeze it first."""
+    dims = operator.geometry.dims
+    return (
+        x.dtype is values.dtype
+        and x.dtype in DTYPE_CODES
+        and x.is_cpu
+        and (x.dim() == dims + 2 if dims else x.dim() > 0)
+        and x.shape[1 if dims else -1] == operator.geometry.in_channels
+    )
 
 
 def _recalled(operator: Operator, x: Tensor, values: Tensor, bias: Tensor | None) -> Call | None:
