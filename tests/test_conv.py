@@ -1,3 +1,5 @@
+"""Sparse convolutions beside torch's: options, layouts, strides, densities, and what is refused."""
+
 import itertools
 
 import pytest

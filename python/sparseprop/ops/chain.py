@@ -63,11 +63,11 @@ def kernels_may_chain(
     )
 
 
-_NOWHERE = (0, 0, 0.0)  # running statistics that stay as they are
-
-
 def _native_stage(
-    stage: Stage, known: Tensor, running: tuple[int, int, float], grads: tuple[Any, Any] = (None, None)
+    stage: Stage,
+    known: Tensor,
+    running: tuple[int, int, float] = (0, 0, 0.0),
+    grads: tuple[Any, Any] = (None, None),
 ) -> Any:
     from sparseprop import _native as native
 
@@ -156,8 +156,8 @@ def _backward(
     grad_weight = torch.empty_like(weight) if needs[3] else None
     native.chain_backward(
         x.dtype is torch.float64, native_windows(x.shape, windows), x.shape[1], x.data_ptr(),
-        None if first is None else _native_stage(first, known[0], _NOWHERE, (per_channel[0], per_channel[1])),
-        weight.data_ptr(), _native_stage(second, known[-1], _NOWHERE, (per_channel[2], per_channel[3])),
+        None if first is None else _native_stage(first, known[0], grads=(per_channel[0], per_channel[1])),
+        weight.data_ptr(), _native_stage(second, known[-1], grads=(per_channel[2], per_channel[3])),
         grad.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
         0 if grad_weight is None else grad_weight.data_ptr(),
     )  # fmt: skip

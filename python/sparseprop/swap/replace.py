@@ -55,7 +55,8 @@ def swap_modules(
 
     The swapped layers have new parameters (``weight_values``, as long as the non-zeros), so an optimizer
     built before the swap would update tensors nobody uses. Zeros stay zeros from here on. Names, training
-    flags, ``requires_grad``, dtypes and biases are kept.
+    flags, ``requires_grad``, dtypes, biases and memory formats are kept: a plan whose `layout` is
+    channels_last wants ``model.to(memory_format=torch.channels_last)`` besides.
 
     Args:
         model: any eager module; swap first, then wrap (DDP, FSDP) or compile.
