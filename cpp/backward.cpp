@@ -1,5 +1,4 @@
 // Backward: pack a chunk of grad_out, then walk the transposed pattern: input gradient and weight gradient together.
-#include "exchange.h"
 #include "interleave.h"
 #include "run.h"
 
@@ -159,10 +158,10 @@ void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRe
   S* dots = at<S>(scratch, dots_at);
   S* bias_sums = grads.bias ? at<S>(scratch, bias_at) : nullptr;
   if (bias_sums) std::fill_n(bias_sums, rows * splits, S(0));
-  if (grads.in.data) gather_values(values_t, values, call.low.stream, parallel);
+  if (grads.in.data) call.low.exchange.gather(values_t, values, parallel);
   const BackwardRun<S, A> run(call, x, grad_out, grads, values_t, dots, bias_sums, splits);
   run_chunks(run, run.work(team_size(parallel)), {true, call.worthwhile_parts()}, parallel);
-  if (grads.values) scatter_sums(grads.values, dots, splits, call.low.stream, parallel);
+  if (grads.values) call.low.exchange.scatter(grads.values, dots, splits, parallel);
   for (int64_t o = 0; grads.bias && o < rows; ++o) {
     S sum = bias_sums[o];
     for (int64_t s = 1; s < splits; ++s) sum += bias_sums[s * rows + o];

@@ -57,9 +57,12 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
                                   : Problem{inner, layer_.out_channels, phases, 1, double(pattern_.nnz),
                                             grid.max_shift == 0 ? kSegmentBackward : kSegment, kHalfTileBackward};
   const Schedule schedule = make_schedule(layer_, grid, problem, element_size);
+  std::vector<uint32_t> canonical;
+  Stream stream(forward ? forward_entries(layer_, pattern, grid) : backward_entries(layer_, pattern, grid), schedule.stream, canonical);
+  Exchange exchange;
+  if (!forward) exchange = Exchange(layer_, pattern, stream, canonical, element_size);
   auto lowered = std::make_shared<const Lowered>(
-      Lowered{direction, element_size, sizes, grid, schedule,
-              Stream(forward ? forward_entries(layer_, pattern, grid) : backward_entries(layer_, pattern, grid), schedule.stream)});
+      Lowered{direction, element_size, sizes, grid, schedule, std::move(stream), std::move(exchange)});
   if (cache_.size() >= kCached) cache_.erase(cache_.begin());
   cache_.push_back(lowered);
   return lowered;
@@ -68,7 +71,7 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
 int64_t Contraction::storage_bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   int64_t bytes = 0;
-  for (const auto& l : cache_) bytes += l->stream.storage_bytes();
+  for (const auto& l : cache_) bytes += l->stream.storage_bytes() + l->exchange.storage_bytes();
   return bytes;
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "exchange.h"
 #include "packed.h"
 #include "schedule.h"
 
@@ -36,6 +37,7 @@ struct Lowered {
   Grid grid;
   Schedule schedule;
   Stream stream;
+  Exchange exchange;  // backward
 };
 
 class Contraction {

@@ -7,66 +7,182 @@
 namespace sparseprop {
 namespace {
 
-constexpr int64_t kTasks = 8;                  // at least, where there are as many parts
-constexpr size_t kWindow = size_t{256} << 10;  // bytes of canonical values that stay in L2 meanwhile
+constexpr int64_t kTasks = 8;                   // at least, where there are as many parts or columns
+constexpr int64_t kWindow = int64_t{256} << 10;  // bytes of canonical values that stay in L2 meanwhile
+constexpr int64_t kRowTile = 12 * 1024;          // bytes of a tile's values that stay in L1
+constexpr int64_t kLine = 64;
+constexpr int64_t kSets = 64, kWays = 12;        // of L1, on most CPUs
+constexpr uint32_t kGap = 16;                    // non-zeros between which lines are asked for as well
 
-// A block's non-zeros are one window of the canonical array in random order. Its parts are visited one after the other,
-// and the window asked for before the first: part by part, lines came from memory one at a time (5 to 18 % of a backward
-// pass). Tried: the exchange beside each part's kernel (0 to 9 % slower, no window), the next window asked for bit by bit
-// (1 to 6 %), hardware gathers and scatters (0), loops unrolled (0).
-template <int write, class S, class Task>
-void for_windows(const S* canonical, const Stream& stream, bool parallel, Task task) {
-  const int64_t blocks = stream.blocks(), parts = static_cast<int64_t>(stream.parts().size());
-  const int64_t cuts = std::max<int64_t>(1, std::min(kTasks / blocks, parts));
-  run_each(blocks * cuts, parallel && stream.nnz() >= kSerial, [&](int64_t i) {
-    const int64_t block = i / cuts;
-    const Range window = stream.window(block), range = share(parts, cuts, i % cuts);
-    if (static_cast<size_t>(window.size()) * sizeof(S) <= kWindow) {
-      for (int64_t k = window.begin; k < window.end; k += 64 / static_cast<int64_t>(sizeof(S))) {
-        __builtin_prefetch(canonical + k, write);
-      }
-    }
-    for (int64_t p = range.begin; p < range.end; ++p) task(stream.nonzeros(p, block));
-  });
+template <int write, class S>
+void ask(const S* first, uint32_t count) {
+  const auto step = static_cast<uint32_t>(kLine / sizeof(S));
+  for (uint32_t i = 0; i < count; i += step) __builtin_prefetch(first + i, write);
 }
 
-// `fixed` is `splits`, known at compile time, or 0: many splits have many columns, beside which an exchange is short.
-template <int fixed, class S>
-void scatter(S* out, const uint32_t* permutation, const S* dots, int64_t splits, int64_t nnz, Range range) {
-  const int64_t n = fixed > 0 ? fixed : splits;
-  for (int64_t k = range.begin; k < range.end; ++k) {
-    S sum = dots[k];
-    for (int64_t s = 1; s < n; ++s) sum += dots[s * nnz + k];
-    out[permutation[k]] = sum;
+// Rows that begin in few of L1's sets, as equal counts of 2^n non-zeros do, push each other out when a part of the columns
+// is visited in the order of the stream: a backward pass of 2:4 with 512 non-zeros a row took a fifth longer.
+bool collide(const PatternRef& pattern, Range rows, int64_t parts, int64_t element_size) {
+  bool seen[kSets] = {};
+  int64_t sets = 0;
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    bool& set = seen[pattern.row_ptr[r] * element_size / kLine % kSets];
+    sets += !set;
+    set = true;
   }
+  const int64_t bytes = (pattern.row_ptr[rows.end] - pattern.row_ptr[rows.begin]) * element_size;
+  const int64_t lines = 1 + bytes / std::max<int64_t>(1, rows.size() * parts * kLine);  // of a row, in a part
+  return rows.size() * lines > kWays * std::min(kSets, sets * lines);
 }
 
 }  // namespace
 
-template <class S>
-void gather_values(S* out, const S* values, const Stream& stream, bool parallel) {
-  const uint32_t* permutation = stream.permutation().data();
-  for_windows<0>(values, stream, parallel, [=](Range range) {
-    for (int64_t k = range.begin; k < range.end; ++k) out[k] = values[permutation[k]];
-  });
+// A block of the stream holds a window of the canonical order: a range of its rows.
+Exchange::Exchange(const Layer& layer, const PatternRef& pattern, const Stream& stream, const std::vector<uint32_t>& canonical,
+                   int64_t element_size) {
+  const int64_t rows = layer.out_channels, blocks = stream.blocks();
+  auto rows_of = [&](int64_t b) { return Range{std::min(rows, stream.panel_row(b)), std::min(rows, stream.panel_row(b + 1))}; };
+  by_rows_ = collide(pattern, rows_of(0), static_cast<int64_t>(stream.parts().size()), element_size);
+  other_.reserve(canonical.size());
+  std::vector<uint32_t> position(by_rows_ ? canonical.size() : 0);
+  for (size_t k = 0; k < position.size(); ++k) position[canonical[k]] = static_cast<uint32_t>(k);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Range window = {pattern.row_ptr[rows_of(b).begin], pattern.row_ptr[rows_of(b).end]};
+    const int64_t bytes = window.size() * element_size;
+    if (by_rows_) {
+      const int64_t ranges = std::max((bytes + kRowTile - 1) / kRowTile, kTasks / blocks);
+      add_row_tiles(pattern, position, window, layer.row_size(), std::clamp<int64_t>(ranges, 1, layer.row_size()));
+    } else {
+      add_stream_tiles(stream, canonical, b, window, element_size);
+    }
+  }
+  begin_tile();
 }
 
-template <class S>
-void scatter_sums(S* out, const S* dots, int64_t splits, const Stream& stream, bool parallel) {
-  const uint32_t* permutation = stream.permutation().data();
-  const int64_t nnz = stream.nnz();
-  for_windows<1>(out, stream, parallel, [=](Range range) {
-    switch (splits) {
-      case 1: return scatter<1>(out, permutation, dots, splits, nnz, range);
-      case 2: return scatter<2>(out, permutation, dots, splits, nnz, range);
-      default: return scatter<0>(out, permutation, dots, splits, nnz, range);
+void Exchange::begin_tile() {
+  tiles_.push_back({static_cast<uint32_t>(runs_.size()), static_cast<uint32_t>(lines_.size()), static_cast<uint32_t>(other_.size())});
+}
+
+void Exchange::add_run(int64_t begin, int64_t count, const uint32_t* other) {
+  runs_.push_back({static_cast<uint32_t>(begin), static_cast<uint32_t>(count)});
+  other_.insert(other_.end(), other, other + count);
+}
+
+// The stream's parts, one after the other, and the whole window asked for before the first: part by part, lines came from
+// memory one at a time (5 to 18 % of a backward pass).
+void Exchange::add_stream_tiles(const Stream& stream, const std::vector<uint32_t>& canonical, int64_t block, Range window,
+                                int64_t element_size) {
+  const int64_t parts = static_cast<int64_t>(stream.parts().size());
+  const int64_t cuts = std::max<int64_t>(1, std::min(kTasks / stream.blocks(), parts));
+  for (int64_t c = 0; c < cuts; ++c) {
+    begin_tile();
+    const Range range = share(parts, cuts, c);
+    for (int64_t p = range.begin; p < range.end; ++p) {
+      const Range run = stream.nonzeros(p, block);
+      add_run(run.begin, run.size(), canonical.data() + run.begin);
+    }
+    if (window.size() * element_size <= kWindow) lines_.push_back({static_cast<uint32_t>(window.begin), static_cast<uint32_t>(window.size())});
+  }
+}
+
+// The window's rows in ranges of columns, each row's share of a range a run.
+void Exchange::add_row_tiles(const PatternRef& pattern, const std::vector<uint32_t>& position, Range window, int64_t columns,
+                             int64_t ranges) {
+  std::vector<std::vector<uint32_t>> members(ranges);
+  for (int64_t k = window.begin; k < window.end; ++k) members[pattern.col_idx[k] * ranges / columns].push_back(static_cast<uint32_t>(k));
+  for (const std::vector<uint32_t>& range : members) {
+    begin_tile();
+    std::vector<uint32_t> places;
+    for (const uint32_t k : range) places.push_back(position[k]);
+    for (size_t i = 0, n = 1; i < range.size(); i += n, n = 1) {
+      while (i + n < range.size() && range[i + n] == range[i] + n) ++n;
+      add_run(range[i], n, places.data() + i);
+    }
+    add_lines(places);
+  }
+}
+
+// Asked for are the lines of these positions.
+void Exchange::add_lines(std::vector<uint32_t>& places) {
+  std::sort(places.begin(), places.end());
+  for (size_t i = 0, begin = 0; i < places.size(); ++i) {
+    if (i + 1 < places.size() && places[i + 1] - places[i] < kGap) continue;
+    lines_.push_back({places[begin], places[i] + 1 - places[begin]});
+    begin = i + 1;
+  }
+}
+
+// move(run, its first other position) for each run of a tile, after ask(lines) for all its lines.
+template <class Ask, class Move>
+void Exchange::for_tiles(bool parallel, Ask ask, Move move) const {
+  const int64_t tiles = static_cast<int64_t>(tiles_.size()) - 1;
+  run_each(tiles, parallel && static_cast<int64_t>(other_.size()) >= kSerial, [&](int64_t t) {
+    const Tile &tile = tiles_[t], &next = tiles_[t + 1];
+    for (uint32_t l = tile.line; l < next.line; ++l) ask(lines_[l]);
+    const uint32_t* other = other_.data() + tile.first;
+    for (uint32_t r = tile.run; r < next.run; ++r) {
+      move(runs_[r], other);
+      other += runs_[r].count;
     }
   });
 }
 
-template void gather_values(float*, const float*, const Stream&, bool);
-template void gather_values(double*, const double*, const Stream&, bool);
-template void scatter_sums(float*, const float*, int64_t, const Stream&, bool);
-template void scatter_sums(double*, const double*, int64_t, const Stream&, bool);
+template <class S>
+void Exchange::gather(S* out, const S* values, bool parallel) const {
+  if (by_rows_) {
+    for_tiles(parallel, [=](Run lines) { ask<1>(out + lines.begin, lines.count); }, [=](Run run, const uint32_t* other) {
+      const S* from = values + run.begin;
+      for (uint32_t i = 0; i < run.count; ++i) out[other[i]] = from[i];
+    });
+  } else {
+    for_tiles(parallel, [=](Run lines) { ask<0>(values + lines.begin, lines.count); }, [=](Run run, const uint32_t* other) {
+      S* to = out + run.begin;
+      for (uint32_t i = 0; i < run.count; ++i) to[i] = values[other[i]];
+    });
+  }
+}
+
+template <class S>
+void Exchange::scatter(S* out, const S* dots, int64_t splits, bool parallel) const {
+  switch (splits) {
+    case 1: return scatter_of<1>(out, dots, splits, parallel);
+    case 2: return scatter_of<2>(out, dots, splits, parallel);
+    default: return scatter_of<0>(out, dots, splits, parallel);
+  }
+}
+
+// `fixed` is `splits`, known at compile time, or 0: many splits have many columns, beside which an exchange is short.
+template <int fixed, class S>
+void Exchange::scatter_of(S* out, const S* dots, int64_t splits, bool parallel) const {
+  const int64_t n = fixed > 0 ? fixed : splits, nnz = static_cast<int64_t>(other_.size());
+  auto sum = [=](const S* dot) __attribute__((always_inline)) {
+    S total = *dot;
+    for (int64_t s = 1; s < (fixed > 0 ? fixed : n); ++s) total += dot[s * nnz];
+    return total;
+  };
+  if (by_rows_) {
+    auto lines_of = [=](Run lines) {
+      for (int64_t s = 0; s < n; ++s) ask<0>(dots + s * nnz + lines.begin, lines.count);
+    };
+    for_tiles(parallel, lines_of, [=](Run run, const uint32_t* other) {
+      S* to = out + run.begin;
+      for (uint32_t i = 0; i < run.count; ++i) to[i] = sum(dots + other[i]);
+    });
+  } else {
+    for_tiles(parallel, [=](Run lines) { ask<1>(out + lines.begin, lines.count); }, [=](Run run, const uint32_t* other) {
+      const S* from = dots + run.begin;
+      for (uint32_t i = 0; i < run.count; ++i) out[other[i]] = sum(from + i);
+    });
+  }
+}
+
+int64_t Exchange::storage_bytes() const {
+  return static_cast<int64_t>(tiles_.size() * sizeof(Tile) + (runs_.size() + lines_.size()) * sizeof(Run) + other_.size() * 4);
+}
+
+template void Exchange::gather(float*, const float*, bool) const;
+template void Exchange::gather(double*, const double*, bool) const;
+template void Exchange::scatter(float*, const float*, int64_t, bool) const;
+template void Exchange::scatter(double*, const double*, int64_t, bool) const;
 
 }  // namespace sparseprop

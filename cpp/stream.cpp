@@ -1,23 +1,18 @@
 #include "stream.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace sparseprop {
 
-Stream::Stream(const Entries& entries, const StreamShape& shape)
+Stream::Stream(const Entries& entries, const StreamShape& shape, std::vector<uint32_t>& canonical)
     : block_rows_(shape.block_rows),
       n_blocks_(std::max<int64_t>(1, (entries.panel_rows + shape.block_rows - 1) / shape.block_rows)) {
   offset_.reserve(entries.nnz());
-  if (!entries.value.empty()) permutation_.reserve(entries.nnz());
+  canonical.reserve(entries.value.size());
   cut_parts(entries, shape);
-  for (const Part& part : parts_) add_part(entries, shape, part);
+  for (const Part& part : parts_) add_part(entries, shape, part, canonical);
   nnz_ = static_cast<int64_t>(offset_.size());
   index_.push_back({0, 0, 0, static_cast<uint32_t>(nnz_)});
-  window_.assign(n_blocks_ + 1, 0);
-  for (size_t p = 0; p < parts_.size(); ++p)
-    for (int64_t b = 0; b < n_blocks_; ++b) window_[b + 1] += nonzeros(p, b).size();
-  std::partial_sum(window_.begin(), window_.end(), window_.begin());
   segment_row_.resize(segment_row_.size() + kLookAhead);
   segment_value_.resize(segment_value_.size() + kLookAhead);
   offset_.push_back(0);
@@ -41,7 +36,7 @@ void Stream::cut_parts(const Entries& entries, const StreamShape& shape) {
   }
 }
 
-void Stream::add_part(const Entries& entries, const StreamShape& shape, const Part& part) {
+void Stream::add_part(const Entries& entries, const StreamShape& shape, const Part& part, std::vector<uint32_t>& canonical) {
   struct Segment {
     uint32_t first, count, row;
     int64_t start;
@@ -76,7 +71,7 @@ void Stream::add_part(const Entries& entries, const StreamShape& shape, const Pa
       for (int64_t k = s.start; k < s.start + s.count; ++k) {
         const int64_t at = (entries.panel_row[k] - low) * shape.row_pitch + entries.shift[k];
         offset_.push_back(static_cast<uint16_t>(at >> shape.unit_log2));
-        if (!entries.value.empty()) permutation_.push_back(entries.value[k]);
+        if (!entries.value.empty()) canonical.push_back(entries.value[k]);
       }
     }
     index.n_runs = static_cast<uint32_t>(runs_.size()) - index.run;
@@ -92,8 +87,7 @@ BlockStream Stream::block(int64_t part, int64_t block) const {
 
 int64_t Stream::storage_bytes() const {
   return static_cast<int64_t>(runs_.size() * sizeof(Run) + index_.size() * sizeof(Index) +
-                              (segment_row_.size() + segment_value_.size() + permutation_.size()) * 4 +
-                              offset_.size() * 2 + window_.size() * 8);
+                              (segment_row_.size() + segment_value_.size()) * 4 + offset_.size() * 2);
 }
 
 }  // namespace sparseprop

@@ -32,7 +32,8 @@ struct StreamShape {
 
 class Stream {
  public:
-  Stream(const Entries& entries, const StreamShape& shape);
+  // Of transposed entries also the canonical position of each non-zero, in the order of the stream.
+  Stream(const Entries& entries, const StreamShape& shape, std::vector<uint32_t>& canonical);
 
   struct Part {
     int64_t row, rows;
@@ -48,10 +49,6 @@ class Stream {
     const Index* i = &index_[part * n_blocks_ + block];
     return {i[0].nonzero, i[1].nonzero};
   }
-  // Of a transposed stream: where the values of a block's rows are in the canonical array.
-  Range window(int64_t block) const { return {window_[block], window_[block + 1]}; }
-  // Stream position -> canonical position; empty for a stream over canonical values.
-  const std::vector<uint32_t>& permutation() const { return permutation_; }
   int64_t storage_bytes() const;
 
  private:
@@ -62,16 +59,14 @@ class Stream {
   };
 
   void cut_parts(const Entries& entries, const StreamShape& shape);
-  void add_part(const Entries& entries, const StreamShape& shape, const Part& part);
+  void add_part(const Entries& entries, const StreamShape& shape, const Part& part, std::vector<uint32_t>& canonical);
 
   int64_t block_rows_, n_blocks_, max_part_rows_ = 0, nnz_ = 0;
   std::vector<Part> parts_;
   std::vector<Index> index_;  // one more than there are blocks of parts
-  std::vector<int64_t> window_;
   std::vector<Run> runs_;
   std::vector<uint32_t> segment_row_, segment_value_;
   std::vector<uint16_t> offset_;
-  std::vector<uint32_t> permutation_;
 };
 
 }  // namespace sparseprop

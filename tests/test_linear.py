@@ -42,6 +42,14 @@ def test_lopsided_patterns_are_right(backend, empty):
     assert_right(SparseLinear.from_mask(mask), torch.randn(6, 40), torch.randn(6, 20))
 
 
+@pytest.mark.parametrize("kept", [512, 511])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_whose_values_lie_2_to_the_n_bytes_apart_are_right(backend, kept, dtype):
+    mask = torch.rand(64, 1024).argsort().argsort() < kept  # equally many a row: 512 begin in two sets of L1
+    layer = SparseLinear.from_mask(mask, dtype=dtype)
+    assert_right(layer, torch.randn(33, 1024, dtype=dtype), torch.randn(33, 64, dtype=dtype))
+
+
 @pytest.mark.parametrize("shape", [(33,), (1, 33), (4, 33), (2, 3, 33), (2, 1, 3, 33), (0, 33), (2, 0, 33)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_leading_dimensions(backend, shape, bias):
