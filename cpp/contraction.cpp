@@ -21,6 +21,11 @@ bool worth_threads(const Layer& layer, const Lowered& low, int64_t nnz, int64_t 
   return double(nnz) * padded + kMoveWork * columns * double(layer.in_channels + layer.out_channels) > kSerialWork;
 }
 
+template <class S, class A>
+void run(const Call<S, A>& call, TensorRef x, const S* values, TensorRef grad_out, const Gradients<S>& grads, bool parallel) {
+  (call.low.by_rows ? run_backward_rows<S, A> : run_backward<S, A>)(call, x, values, grad_out, grads, parallel);
+}
+
 bool batch_last(const Strides& strides, int64_t batch) { return batch > 1 && strides[0] == 1; }
 
 }  // namespace
@@ -52,17 +57,18 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   check_indices(layer_, pattern);  // the borrowed arrays may have changed since
   const Grid grid = make_grid(layer_, sizes, lanes);
   const int64_t phases = static_cast<int64_t>(grid.phases.size()), inner = layer_.in_channels * phases;
-  const bool forward = direction == Direction::forward;
+  const bool by_rows = direction == Direction::backward && goes_by_rows(grid, element_size);
+  const bool forward = direction == Direction::forward || by_rows;  // the pattern, else its transposed
   const Problem problem = forward ? Problem{layer_.out_channels, inner, 1, phases, double(pattern_.nnz), kSegment, kHalfTileForward}
                                   : Problem{inner, layer_.out_channels, phases, 1, double(pattern_.nnz),
                                             grid.max_shift == 0 ? kSegmentBackward : kSegment, kHalfTileBackward};
-  const Schedule schedule = make_schedule(layer_, grid, problem, element_size);
+  const Schedule schedule = by_rows ? make_row_schedule(grid, problem, element_size) : make_schedule(layer_, grid, problem, element_size);
   std::vector<uint32_t> canonical;
   Stream stream(forward ? forward_entries(layer_, pattern, grid) : backward_entries(layer_, pattern, grid), schedule.stream, canonical);
   Exchange exchange;
   if (!forward) exchange = Exchange(layer_, pattern, stream, canonical, element_size);
   auto lowered = std::make_shared<const Lowered>(
-      Lowered{direction, element_size, sizes, grid, schedule, std::move(stream), std::move(exchange)});
+      Lowered{direction, element_size, sizes, grid, schedule, by_rows, std::move(stream), std::move(exchange)});
   if (cache_.size() >= kCached) cache_.erase(cache_.begin());
   cache_.push_back(lowered);
   return lowered;
@@ -104,14 +110,14 @@ void Contraction::backward(DType dtype, const Sizes& sizes, TensorRef x, const v
   const Kernels& table = active_kernels();
   if (dtype == DType::float64) {
     const Gradients<double> grads{grad_in, added, static_cast<double*>(grad_values), static_cast<double*>(grad_bias)};
-    run_backward<double, double>({layer_, sizes, *low, table}, x, static_cast<const double*>(values), grad_out, grads, parallel);
+    run<double, double>({layer_, sizes, *low, table}, x, static_cast<const double*>(values), grad_out, grads, parallel);
     return;
   }
   const Gradients<float> grads{grad_in, added, static_cast<float*>(grad_values), static_cast<float*>(grad_bias)};
   if (dtype == DType::float32) {
-    run_backward<float, float>({layer_, sizes, *low, table}, x, static_cast<const float*>(values), grad_out, grads, parallel);
+    run<float, float>({layer_, sizes, *low, table}, x, static_cast<const float*>(values), grad_out, grads, parallel);
   } else {
-    run_backward<float, bf16>({layer_, sizes, *low, table}, x, static_cast<const float*>(values), grad_out, grads, parallel);
+    run<float, bf16>({layer_, sizes, *low, table}, x, static_cast<const float*>(values), grad_out, grads, parallel);
   }
 }
 

@@ -36,8 +36,9 @@ struct Lowered {
   Sizes sizes;
   Grid grid;
   Schedule schedule;
+  bool by_rows;       // backward, on the forward pattern
   Stream stream;
-  Exchange exchange;  // backward
+  Exchange exchange;  // backward on the transposed pattern
 };
 
 class Contraction {

@@ -68,6 +68,22 @@ struct BackwardArgs {
   bool onto;        // add to what `grad_x` holds
 };
 
+// For tiles of at most kMaxRowTile lane groups (with 4, layers of 50 % density are slower than by input rows): grad_out and
+// x in panels of the same pitch.
+constexpr int kMaxRowTile = 2;
+
+template <class S>
+struct BackwardRowsArgs {
+  BlockStream stream;  // of the forward pattern
+  const S* values;
+  const S* grad_out;
+  const S* x;  // the block's rows
+  S* grad_x;   // added to, where x has the same row; null: no input gradient
+  unsigned unit_log2;
+  ptrdiff_t pitch;
+  S* dots;  // weight gradient, like the values; null: none
+};
+
 // Moving rows or blocks between a tensor and a panel; In and Out may differ (bfloat16 on one side).
 // copy:      dst[r * dst.pitch + i * dst.stride] = src[r * src.pitch + i * src.stride],  r < rows, i < cols
 // transpose: dst[j * dst_pitch + i] = src[i * src_pitch + j],                            i < rows, j < cols
@@ -243,6 +259,7 @@ struct KernelsOf {
   // Index v - 1: a tile of v * lanes columns.
   void (*forward[kMaxTile])(const ForwardArgs<S>&);
   void (*backward[kMaxTile])(const BackwardArgs<S>&);
+  void (*backward_rows[kMaxRowTile])(const BackwardRowsArgs<S>&);
   void (*zero)(S* dst, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);
   void (*row_sums)(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);  // sums[r] +=
   Movers<S, S> move;

@@ -106,4 +106,9 @@ template <class S, class A>
 void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRef grad_out, const Gradients<S>& grads,
                   bool parallel);
 
+// The same on a layer lowered by rows.
+template <class S, class A>
+void run_backward_rows(const Call<S, A>& call, TensorRef x, const S* values, TensorRef grad_out, const Gradients<S>& grads,
+                       bool parallel);
+
 }  // namespace sparseprop

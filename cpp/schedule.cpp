@@ -29,6 +29,13 @@ int64_t tile_span(const Layer& layer, const Grid& grid, int64_t tile) {
   return std::min(lines * line, tile + grid.max_shift);
 }
 
+// A power of two: offsets are scaled by shifting.
+int64_t tile_of(int64_t columns, int64_t lanes, int64_t groups) {
+  int64_t tile = lanes;
+  while (tile < std::min(groups * lanes, columns)) tile *= 2;
+  return tile;
+}
+
 }  // namespace
 
 // Batch lanes make every shifted load aligned, but at 16 times the working set and with a transpose on the way in and
@@ -42,13 +49,41 @@ int64_t choose_lanes(const Sizes& sizes, int64_t element_size, bool batch_last) 
   return lanes;
 }
 
+bool goes_by_rows(const Grid& grid, int64_t element_size) {
+  return grid.lanes == 1 && grid.max_shift == 0 && grid.phases.size() == 1 && grid.idle_phases.empty() &&
+         grid.columns <= kMaxRowTile * 64 / element_size;
+}
+
+// Blocks of input channels are what threads share out.
+Schedule make_row_schedule(const Grid& grid, const Problem& problem, int64_t element_size) {
+  Schedule s;
+  s.tile = tile_of(grid.columns, 64 / element_size, kMaxRowTile);
+  s.chunk = s.tile;
+  s.chunks = 1;
+  s.panel = {s.tile, s.tile, s.tile};
+  s.panel_size = problem.panel_rows * s.tile;
+  const int64_t row_bytes = s.tile * element_size * 2;  // x and its gradient
+  const double per_panel_row = problem.nnz / (double(problem.rows) * double(std::max<int64_t>(1, problem.panel_rows)));
+  const auto rows_of = [&](double segment) { return int64_t(std::min(segment / std::max(per_panel_row, 1e-9), 1e9)); };
+  int64_t block = std::max(kL1 / row_bytes, std::min(kL2 / row_bytes, rows_of(problem.segment)));
+  block = std::min(block, std::max((problem.panel_rows + kPieces - 1) / kPieces, rows_of(4)));
+  s.stream.unit_log2 = block * s.tile < kOffsets ? 0 : log2_of(s.tile);
+  block = std::max<int64_t>(1, std::min({block, ((kOffsets - 1) << s.stream.unit_log2) / s.tile, problem.panel_rows}));
+  const int64_t blocks = std::max<int64_t>(1, (problem.panel_rows + block - 1) / block);
+  s.stream.block_rows = std::max<int64_t>(1, (problem.panel_rows + blocks - 1) / blocks);
+  s.stream.row_pitch = s.tile;
+  s.stream.row_step = 1;
+  s.stream.part_rows = std::max<int64_t>(1, problem.rows);
+  s.stream.min_parts = 1;
+  return s;
+}
+
 Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size) {
   Schedule s;
   const double per_panel_row = problem.nnz / (double(problem.rows) * double(std::max<int64_t>(1, problem.panel_rows)));
   const bool half = grid.columns == grid.batch && per_panel_row <= problem.half_tile;
   const int64_t lanes = 64 / element_size, full = lanes * kMaxTile / (half ? 2 : 1);
-  s.tile = lanes;  // a power of two: offsets are scaled by shifting
-  while (s.tile < std::min(full, grid.columns)) s.tile *= 2;
+  s.tile = tile_of(grid.columns, lanes, full / lanes);
   const int64_t shift = grid.max_shift, row_bytes = problem.panel_rows * element_size;
   // No more than an eighth of the columns, so that threads and their results do not depend on each other.
   const int64_t share = std::max(s.tile, ceil_to((grid.columns + 7) / 8, s.tile));

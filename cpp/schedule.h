@@ -27,6 +27,9 @@ struct Problem {
   double half_tile;    // density up to which tiles of half the width are faster where columns are batch entries
 };
 
+// Whether a backward pass walks the pattern by output rows: one tile of columns, each non-zero on columns of its own.
+bool goes_by_rows(const Grid& grid, int64_t element_size);
+Schedule make_row_schedule(const Grid& grid, const Problem& problem, int64_t element_size);
 Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size);
 int64_t choose_lanes(const Sizes& sizes, int64_t element_size, bool batch_last);
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.inl"
 #include "backward.inl"
+#include "backward_rows.inl"
 #include "depthwise.inl"
 #include "depthwise_grad.inl"
 #include "forward.inl"
@@ -33,6 +34,7 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           {&backward_tile<V, group>, &backward_tile<V, 2 * group>, &backward_tile<V, 3 * group>,
            &backward_tile<V, 4 * group>, &backward_tile<V, 5 * group>, &backward_tile<V, 6 * group>,
            &backward_tile<V, 7 * group>, &backward_tile<V, 8 * group>},
+          {&backward_rows<V, group>, &backward_rows<V, 2 * group>},
           &Sums<V>::zero,
           &Sums<V>::rows,
           movers<V, S, S>(),
