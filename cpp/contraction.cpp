@@ -1,5 +1,6 @@
 #include "contraction.h"
 
+#include "bitmap.h"
 #include "run.h"
 
 namespace sparseprop {
@@ -21,9 +22,14 @@ bool worth_threads(const Layer& layer, const Lowered& low, int64_t nnz, int64_t 
   return double(nnz) * padded + kMoveWork * columns * double(layer.in_channels + layer.out_channels) > kSerialWork;
 }
 
-template <class S, class A>
-void run(const Call<S, A>& call, TensorRef x, const S* values, TensorRef grad_out, const Gradients<S>& grads, bool parallel) {
-  (call.low.by_rows ? run_backward_rows<S, A> : run_backward<S, A>)(call, x, values, grad_out, grads, parallel);
+// work(S(), A()): the types of values and sums, and of activations.
+template <class Work>
+void with_types(DType dtype, Work work) {
+  switch (dtype) {
+    case DType::float64: return work(double(), double());
+    case DType::float32: return work(float(), float());
+    case DType::bfloat16: return work(float(), bf16());
+  }
 }
 
 bool batch_last(const Strides& strides, int64_t batch) { return batch > 1 && strides[0] == 1; }
@@ -74,9 +80,20 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   return lowered;
 }
 
+std::shared_ptr<const RowBits> Contraction::row_bits() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!bits_) {
+    const Csr unpacked = packed_ ? unpack_nm(layer_, *packed_) : Csr{};
+    const PatternRef pattern = packed_ ? unpacked.ref() : pattern_;
+    check_indices(layer_, pattern);
+    bits_ = std::make_shared<const RowBits>(layer_, pattern);
+  }
+  return bits_;
+}
+
 int64_t Contraction::storage_bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  int64_t bytes = 0;
+  int64_t bytes = bits_ ? bits_->storage_bytes() : 0;
   for (const auto& l : cache_) bytes += l->stream.storage_bytes() + l->exchange.storage_bytes();
   return bytes;
 }
@@ -84,41 +101,45 @@ int64_t Contraction::storage_bytes() const {
 void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, const void* bias,
                           TensorRef out, const Finish* finish) {
   if (finish && dtype == DType::bfloat16) throw std::invalid_argument("a forward pass in bfloat16 cannot be finished.");
+  const Kernels& table = active_kernels();
+  if (!finish && goes_by_bits(layer_, sizes, pattern_.nnz, Direction::forward)) {
+    const auto bits = row_bits();
+    return with_types(dtype, [&](auto s, auto a) {
+      using S = decltype(s);
+      bitmap_forward<S, decltype(a)>({layer_, *bits, sizes.batch, table}, x, static_cast<const S*>(values),
+                                     static_cast<const S*>(bias), out, true);
+    });
+  }
   const int64_t element = dtype == DType::float64 ? 8 : 4;
   const int64_t lanes = choose_lanes(sizes, element, batch_last(x.strides, sizes.batch));
   const auto low = lower(Direction::forward, sizes, element, lanes);
   const bool parallel = worth_threads(layer_, *low, pattern_.nnz, 64 / element);
-  const Kernels& table = active_kernels();
-  if (dtype == DType::float64) {
-    run_forward<double, double>({layer_, sizes, *low, table}, x, static_cast<const double*>(values),
-                                static_cast<const double*>(bias), out, finish, parallel);
-  } else if (dtype == DType::float32) {
-    run_forward<float, float>({layer_, sizes, *low, table}, x, static_cast<const float*>(values),
-                              static_cast<const float*>(bias), out, finish, parallel);
-  } else {
-    run_forward<float, bf16>({layer_, sizes, *low, table}, x, static_cast<const float*>(values),
-                             static_cast<const float*>(bias), out, nullptr, parallel);
-  }
+  with_types(dtype, [&](auto s, auto a) {
+    using S = decltype(s);
+    run_forward<S, decltype(a)>({layer_, sizes, *low, table}, x, static_cast<const S*>(values), static_cast<const S*>(bias), out,
+                                finish, parallel);
+  });
 }
 
 void Contraction::backward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, TensorRef grad_out,
                            TensorRef grad_in, TensorRef added, void* grad_values, void* grad_bias) {
+  const Kernels& table = active_kernels();
+  const bool by_bits = goes_by_bits(layer_, sizes, pattern_.nnz, Direction::backward);
   const int64_t element = dtype == DType::float64 ? 8 : 4;
   const int64_t lanes = choose_lanes(sizes, element, batch_last(grad_out.strides, sizes.batch));
-  const auto low = lower(Direction::backward, sizes, element, lanes);
-  const bool parallel = worth_threads(layer_, *low, pattern_.nnz, 64 / element);
-  const Kernels& table = active_kernels();
-  if (dtype == DType::float64) {
-    const Gradients<double> grads{grad_in, added, static_cast<double*>(grad_values), static_cast<double*>(grad_bias)};
-    run<double, double>({layer_, sizes, *low, table}, x, static_cast<const double*>(values), grad_out, grads, parallel);
-    return;
-  }
-  const Gradients<float> grads{grad_in, added, static_cast<float*>(grad_values), static_cast<float*>(grad_bias)};
-  if (dtype == DType::float32) {
-    run<float, float>({layer_, sizes, *low, table}, x, static_cast<const float*>(values), grad_out, grads, parallel);
-  } else {
-    run<float, bf16>({layer_, sizes, *low, table}, x, static_cast<const float*>(values), grad_out, grads, parallel);
-  }
+  const auto bits = by_bits ? row_bits() : nullptr;
+  const auto low = by_bits ? nullptr : lower(Direction::backward, sizes, element, lanes);
+  with_types(dtype, [&](auto s, auto a) {
+    using S = decltype(s);
+    using A = decltype(a);
+    const Gradients<S> grads{grad_in, added, static_cast<S*>(grad_values), static_cast<S*>(grad_bias)};
+    if (by_bits) {
+      return bitmap_backward<S, A>({layer_, *bits, sizes.batch, table}, x, static_cast<const S*>(values), grad_out, grads, true);
+    }
+    const Call<S, A> call{layer_, sizes, *low, table};
+    (low->by_rows ? run_backward_rows<S, A> : run_backward<S, A>)(call, x, static_cast<const S*>(values), grad_out, grads,
+                                                                  worth_threads(layer_, *low, pattern_.nnz, 64 / element));
+  });
 }
 
 }  // namespace sparseprop

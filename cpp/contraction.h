@@ -12,6 +12,8 @@
 
 namespace sparseprop {
 
+struct RowBits;
+
 enum class DType { float32 = 0, float64 = 1, bfloat16 = 2 };
 
 struct TensorRef {
@@ -63,12 +65,14 @@ class Contraction {
                 TensorRef added, void* grad_values, void* grad_bias);
 
  private:
+  std::shared_ptr<const RowBits> row_bits();
   std::shared_ptr<const Lowered> lower(Direction direction, const Sizes& sizes, int64_t element_size, int64_t lanes);
 
   Layer layer_;
   PatternRef pattern_;  // of an N:M pattern nnz alone
   std::optional<PackedNM> packed_;
   mutable std::mutex mutex_;
+  std::shared_ptr<const RowBits> bits_;
   std::vector<std::shared_ptr<const Lowered>> cache_;  // most recently used last
 };
 

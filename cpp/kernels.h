@@ -84,6 +84,26 @@ struct BackwardRowsArgs {
   S* dots;  // weight gradient, like the values; null: none
 };
 
+// Linear on few batch entries. Row r of the pattern: bits at bits + r * bits_pitch, lowest first, values from start[r] on. Rows of
+// x and grad_x are padded to `windows` whole vectors, aligned; x, grad_x have one row per batch entry, as have out and grad_out.
+template <class S>
+struct BitmapArgs {
+  const uint8_t* bits;
+  ptrdiff_t bits_pitch;
+  const int64_t* start;
+  ptrdiff_t nnz, windows, batch;
+  ptrdiff_t first, last;  // rows of the pattern
+  const S* values;
+  const S* x;
+  ptrdiff_t x_pitch;
+  const S* bias;  // or null
+  S* out;
+  const S* grad_out;
+  ptrdiff_t out_pitch;
+  S* grad_x;  // added to; null: no input gradient
+  S* dots;    // weight gradient, like the values; null: none
+};
+
 // Moving rows or blocks between a tensor and a panel; In and Out may differ (bfloat16 on one side).
 // copy:      dst[r * dst.pitch + i * dst.stride] = src[r * src.pitch + i * src.stride],  r < rows, i < cols
 // transpose: dst[j * dst_pitch + i] = src[i * src_pitch + j],                            i < rows, j < cols
@@ -260,6 +280,9 @@ struct KernelsOf {
   void (*forward[kMaxTile])(const ForwardArgs<S>&);
   void (*backward[kMaxTile])(const BackwardArgs<S>&);
   void (*backward_rows[kMaxRowTile])(const BackwardRowsArgs<S>&);
+  void (*bitmap_forward)(const BitmapArgs<S>&);
+  void (*bitmap_backward)(const BitmapArgs<S>&);
+  ptrdiff_t vector;  // elements
   void (*zero)(S* dst, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);
   void (*row_sums)(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);  // sums[r] +=
   Movers<S, S> move;

@@ -50,6 +50,22 @@ def test_rows_whose_values_lie_2_to_the_n_bytes_apart_are_right(backend, kept, d
     assert_right(layer, torch.randn(33, 1024, dtype=dtype), torch.randn(33, 64, dtype=dtype))
 
 
+@pytest.mark.parametrize("batch", [1, 3, 8, 20, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_not_finite_reaches_only_where_weights_are(backend, batch, dtype):
+    mask = torch.rand(21, 37) < 0.6
+    layer = SparseLinear.from_mask(mask, dtype=dtype)
+    x, grad = torch.randn(batch, 37, dtype=dtype), torch.randn(batch, 21, dtype=dtype)
+    x[0, 5], grad[0, 7] = torch.inf, torch.nan
+    result = run(layer, x, grad)
+    assert torch.equal(result["out"][0].isfinite(), ~mask[:, 5])
+    assert torch.equal(result["grad_x"][0].isfinite(), ~mask[7])
+    row, column = mask.nonzero().unbind(1)
+    assert torch.equal(result["grad_weight"].isfinite(), (row != 7) & (column != 5))
+    for name in ("out", "grad_x"):
+        assert result[name][1:].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(33,), (1, 33), (4, 33), (2, 3, 33), (2, 1, 3, 33), (0, 33), (2, 0, 33)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_leading_dimensions(backend, shape, bias):

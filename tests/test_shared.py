@@ -209,12 +209,16 @@ def test_fused_blocks_share_what_they_may(shortcut):
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_linear_layers_share_as_well():
+@pytest.mark.parametrize("leading", [(2,), (3, 4), (5, 9)])  # by bits, by output rows, by input rows
+@pytest.mark.parametrize("isa", available_isas())
+def test_linear_layers_share_as_well(isa, leading):
     torch.manual_seed(0)
-    layer = SparseLinear.random(7, 5, density=0.5).double()
-    x = torch.randn(3, 4, 7, dtype=torch.float64, requires_grad=True)
-    layer(x)
-    assert is_shared(layer, x)
-    out, others = shared(layer, x)
-    found = torch.autograd.grad((out**2).sum() + (others**2).sum(), x)[0]
-    torch.testing.assert_close(found, torch.autograd.grad((layer(x) ** 2).sum() + (x**2).sum(), x)[0])
+    layer = SparseLinear.random(19, 5, density=0.5).double()
+    x = torch.randn(*leading, 19, dtype=torch.float64, requires_grad=True)
+    with running(isa):
+        layer(x)
+        assert is_shared(layer, x)
+        out, others = shared(layer, x)
+        found = torch.autograd.grad((out**2).sum() + (others**2).sum(), x)[0]
+        wanted = torch.autograd.grad((layer(x) ** 2).sum() + (x**2).sum(), x)[0]
+    torch.testing.assert_close(found, wanted)

@@ -3,6 +3,7 @@
 #include "attention.inl"
 #include "backward.inl"
 #include "backward_rows.inl"
+#include "bitmap.inl"
 #include "depthwise.inl"
 #include "depthwise_grad.inl"
 #include "forward.inl"
@@ -35,6 +36,9 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
            &backward_tile<V, 4 * group>, &backward_tile<V, 5 * group>, &backward_tile<V, 6 * group>,
            &backward_tile<V, 7 * group>, &backward_tile<V, 8 * group>},
           {&backward_rows<V, group>, &backward_rows<V, 2 * group>},
+          &Bitmap<V>::forward,
+          &Bitmap<V>::backward,
+          V::width,
           &Sums<V>::zero,
           &Sums<V>::rows,
           movers<V, S, S>(),

@@ -3,6 +3,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "bits.h"
 #include "convert.h"
 
 namespace sparseprop::avx2 {
@@ -107,6 +108,18 @@ struct F32 {
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
+  static __m256i places(const uint8_t* from) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
+  static F32 pick(F32 x, const uint8_t* from) {
+    const __m256i lane = places(from);
+    return {_mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lane, 31)), _mm256_permutevar8x32_ps(x.v, lane))};
+  }
+  using Lanes = __m256i;
+  static Lanes lanes(unsigned bits) { return _mm256_cmpgt_epi32(places(kBitTables.expand[bits]), _mm256_set1_epi32(-1)); }
+  static F32 fma_in(Lanes some, F32 a, F32 b, F32 c) { return fma(a, {_mm256_and_ps(_mm256_castsi256_ps(some), b.v)}, c); }
+  static F32 expand(F32 x, unsigned bits) { return pick(x, kBitTables.expand[bits]); }
+  static F32 compress(F32 x, unsigned bits) { return pick(x, kBitTables.compress[bits]); }
   // Four horizontal sums in two steps, see avx512.h.
   static F32 fold4(F32 a, F32 b, F32 c, F32 d) {
     return {_mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v))};
@@ -190,6 +203,17 @@ struct F64 {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
   }
+  static F64 pick(F64 x, const uint8_t* from) {
+    alignas(32) double in[4], out[4];
+    x.store(in);
+    for (int i = 0; i < 4; ++i) out[i] = from[i] < 4 ? in[from[i]] : 0.0;
+    return load(out);
+  }
+  using Lanes = unsigned;
+  static Lanes lanes(unsigned bits) { return bits; }
+  static F64 fma_in(Lanes some, F64 a, F64 b, F64 c) { return fma(a, expand(compress(b, some), some), c); }
+  static F64 expand(F64 x, unsigned bits) { return pick(x, kBitTables.expand[bits]); }
+  static F64 compress(F64 x, unsigned bits) { return pick(x, kBitTables.compress[bits]); }
   static F64 fold4(F64 a, F64 b, F64 c, F64 d) {
     const __m256d ab = _mm256_hadd_pd(a.v, b.v), cd = _mm256_hadd_pd(c.v, d.v);
     return {_mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31))};

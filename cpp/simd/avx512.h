@@ -90,6 +90,14 @@ struct F32 {
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
 
+  // Lanes of set bits hold the first lanes of x one after the other, the others 0; and back.
+  static F32 expand(F32 x, unsigned bits) { return {_mm512_maskz_expand_ps(static_cast<__mmask16>(bits), x.v)}; }
+  static F32 compress(F32 x, unsigned bits) { return {_mm512_maskz_compress_ps(static_cast<__mmask16>(bits), x.v)}; }
+  // a * b + c in lanes of set bits, elsewhere c, whatever b is.
+  using Lanes = __mmask16;
+  static Lanes lanes(unsigned bits) { return static_cast<__mmask16>(bits); }
+  static F32 fma_in(Lanes some, F32 a, F32 b, F32 c) { return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, some)}; }
+
   // Four horizontal sums in two steps, so that a kernel can start other work between them: partial sums of a, b, c, d side
   // by side, then the first `n` sums written, or added, to dots.
   static F32 fold4(F32 a, F32 b, F32 c, F32 d) {
@@ -180,6 +188,11 @@ struct F64 {
   static F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   double sum() const { return _mm512_reduce_add_pd(v); }
+  static F64 expand(F64 x, unsigned bits) { return {_mm512_maskz_expand_pd(static_cast<__mmask8>(bits), x.v)}; }
+  static F64 compress(F64 x, unsigned bits) { return {_mm512_maskz_compress_pd(static_cast<__mmask8>(bits), x.v)}; }
+  using Lanes = __mmask8;
+  static Lanes lanes(unsigned bits) { return static_cast<__mmask8>(bits); }
+  static F64 fma_in(Lanes some, F64 a, F64 b, F64 c) { return {_mm512_mask3_fmadd_pd(a.v, b.v, c.v, some)}; }
   static F64 fold4(F64 a, F64 b, F64 c, F64 d) {
     const __m512d ab = _mm512_add_pd(_mm512_unpacklo_pd(a.v, b.v), _mm512_unpackhi_pd(a.v, b.v));
     const __m512d cd = _mm512_add_pd(_mm512_unpacklo_pd(c.v, d.v), _mm512_unpackhi_pd(c.v, d.v));

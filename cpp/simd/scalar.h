@@ -109,6 +109,24 @@ struct Vec {
     return c;
   }
   S sum() const { return (lane[0] + lane[1]) + (lane[2] + lane[3]); }
+  static Vec expand(Vec x, unsigned bits) {
+    Vec r = zero();
+    for (int i = 0, from = 0; i < width; ++i)
+      if (bits >> i & 1) r.lane[i] = x.lane[from++];
+    return r;
+  }
+  using Lanes = unsigned;
+  static Lanes lanes(unsigned bits) { return bits; }
+  static Vec fma_in(Lanes some, Vec a, Vec b, Vec c) {
+    for (int i = 0; i < width; ++i) c.lane[i] = some >> i & 1 ? std::fma(a.lane[i], b.lane[i], c.lane[i]) : c.lane[i];
+    return c;
+  }
+  static Vec compress(Vec x, unsigned bits) {
+    Vec r = zero();
+    for (int i = 0, to = 0; i < width; ++i)
+      if (bits >> i & 1) r.lane[to++] = x.lane[i];
+    return r;
+  }
   // Four horizontal sums in two steps, see avx512.h.
   static Vec fold4(Vec a, Vec b, Vec c, Vec d) { return {{a.sum(), b.sum(), c.sum(), d.sum()}}; }
   template <int n>
