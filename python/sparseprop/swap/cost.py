@@ -12,6 +12,7 @@ __all__ = ["Estimate", "estimate", "keep_dense_rule"]
 _TILE, _LANES = 128, 16  # columns
 _DENSE_BLOCK = 8  # channels that dense convolutions work on at once: 3 of them cost as much as 8
 _TINY = 4096
+_FEW, _FEWEST = 32, 8  # columns of a Linear layer: up to which values stay in order, or bitmaps take over
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def estimate(
 
     Dense: three contractions (output, gradient of the input, gradient of the weight) at the family's
     speed, no faster than the weights can be read, and a cost per activation. Sparse: each non-zero costs a
-    fixed part per tile of 128 columns and a part per 16 of them, and activations are packed and stored. Both
-    have a fixed cost a call.
+    fixed part per tile of 128 columns and a part per 16 of them, and activations are packed and stored; for few
+    columns all weights cost a little, if that is less. Both have a fixed cost a call.
     Grows with `nnz`, so that a sparser layer never looks slower.
 
     >>> few, many = (estimate(Facts("Linear", 256, 256), nnz) for nnz in (6_000, 60_000))
@@ -47,12 +48,16 @@ def estimate(
     compute_ms = 1e-6 * 6.0 * weights * _padding(layer) * columns / c.dense_gflops
     read_ms = 1e-6 * 12.0 * weights / c.dense_gbytes
     tiles, lanes = math.ceil(columns / _TILE), math.ceil(columns / _LANES)
-    per_nonzero_ns = machine.call_ns + machine.tile_ns * tiles + machine.lanes_ns * lanes
+    linear = layer.kind == "Linear"
+    call_ns = machine.few_call_ns if linear and columns <= _FEW else machine.call_ns
+    nonzeros_ns = nnz * (call_ns + machine.tile_ns * tiles + machine.lanes_ns * lanes)
+    if linear and columns <= _FEWEST:
+        nonzeros_ns = min(nonzeros_ns, weights * (machine.weight_ns + machine.weight_column_ns * columns))
     moved = columns * (layer.in_features * shrink + layer.rows)
     moved_ns = c.window_moved_ns if math.prod(layer.kernel) > 1 else c.moved_ns
     return Estimate(
         dense_ms=1e-3 * c.dense_call_us + max(compute_ms, read_ms) + 1e-6 * c.dense_moved_ns * moved,
-        sparse_ms=1e-3 * c.sparse_call_us + 1e-6 * nnz * per_nonzero_ns + 1e-6 * moved_ns * moved,
+        sparse_ms=1e-3 * c.sparse_call_us + 1e-6 * nonzeros_ns + 1e-6 * moved_ns * moved,
     )
 
 
