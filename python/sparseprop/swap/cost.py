@@ -32,8 +32,8 @@ def estimate(
 
     Dense: three contractions (output, gradient of the input, gradient of the weight) at the family's
     speed, no faster than the weights can be read, and a cost per activation. Sparse: each non-zero costs a
-    fixed part per tile of 128 columns and a part per 16 of them, and activations are packed and stored; for few
-    columns all weights cost a little, if that is less. Both have a fixed cost a call.
+    fixed part per tile of 128 columns and a part per 16 of them, and activations are packed and stored;
+    for few columns all weights cost a little, if that is less. Both have a fixed cost a call.
     Grows with `nnz`, so that a sparser layer never looks slower.
 
     >>> few, many = (estimate(Facts("Linear", 256, 256), nnz) for nnz in (6_000, 60_000))
