@@ -59,16 +59,18 @@ RowBits::RowBits(const Layer& layer, const PatternRef& pattern)
   }
 }
 
-// Measured on Linear layers of 256 to 4096 features: work grows with the batch and not with the non-zeros.
-double least_density(Direction direction, int64_t batch) {
-  return direction == Direction::forward ? (batch <= 4 ? 0.2 : 0.4) : 0.08 + 0.045 * double(batch);
+// Measured on Linear layers of 256 to 4096 features: work grows with the batch and not with the non-zeros. More than four
+// batch entries walk a row's weights twice, which vectors of 8 are too slow for.
+double least_density(Direction direction, int64_t batch, ptrdiff_t vector) {
+  if (direction == Direction::backward) return 0.08 + 0.045 * double(batch);
+  return batch <= 4 ? 0.2 : vector >= 16 ? 0.4 : 1.0;
 }
 
-bool goes_by_bits(const Layer& layer, const Sizes& sizes, int64_t nnz, Direction direction) {
+bool goes_by_bits(const Layer& layer, const Sizes& sizes, int64_t nnz, Direction direction, ptrdiff_t vector) {
   const Triple one = {1, 1, 1};
   const double weights = double(layer.in_channels) * double(layer.out_channels);
   return layer.taps() == 1 && layer.groups == 1 && layer.stride == one && sizes.in == one && sizes.out == one && sizes.batch > 0 &&
-         sizes.batch <= kBatch && weights > 0 && double(nnz) >= least_density(direction, sizes.batch) * weights;
+         sizes.batch <= kBatch && weights > 0 && double(nnz) >= least_density(direction, sizes.batch, vector) * weights;
 }
 
 template <class S, class A>

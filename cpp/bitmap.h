@@ -19,8 +19,8 @@ struct RowBits {
   int64_t storage_bytes() const { return static_cast<int64_t>(bits.size() + start.size() * 8); }
 };
 
-// Whether such a layer on this input is faster by bits.
-bool goes_by_bits(const Layer& layer, const Sizes& sizes, int64_t nnz, Direction direction);
+// Whether such a layer on this input is faster by bits, with vectors of so many elements.
+bool goes_by_bits(const Layer& layer, const Sizes& sizes, int64_t nnz, Direction direction, ptrdiff_t vector);
 
 template <class S>
 struct BitCall {

@@ -32,6 +32,8 @@ void with_types(DType dtype, Work work) {
   }
 }
 
+ptrdiff_t vector_of(DType dtype, const Kernels& table) { return dtype == DType::float64 ? table.f64.vector : table.f32.vector; }
+
 bool batch_last(const Strides& strides, int64_t batch) { return batch > 1 && strides[0] == 1; }
 
 }  // namespace
@@ -102,7 +104,7 @@ void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const vo
                           TensorRef out, const Finish* finish) {
   if (finish && dtype == DType::bfloat16) throw std::invalid_argument("a forward pass in bfloat16 cannot be finished.");
   const Kernels& table = active_kernels();
-  if (!finish && goes_by_bits(layer_, sizes, pattern_.nnz, Direction::forward)) {
+  if (!finish && goes_by_bits(layer_, sizes, pattern_.nnz, Direction::forward, vector_of(dtype, table))) {
     const auto bits = row_bits();
     return with_types(dtype, [&](auto s, auto a) {
       using S = decltype(s);
@@ -124,7 +126,7 @@ void Contraction::forward(DType dtype, const Sizes& sizes, TensorRef x, const vo
 void Contraction::backward(DType dtype, const Sizes& sizes, TensorRef x, const void* values, TensorRef grad_out,
                            TensorRef grad_in, TensorRef added, void* grad_values, void* grad_bias) {
   const Kernels& table = active_kernels();
-  const bool by_bits = goes_by_bits(layer_, sizes, pattern_.nnz, Direction::backward);
+  const bool by_bits = goes_by_bits(layer_, sizes, pattern_.nnz, Direction::backward, vector_of(dtype, table));
   const int64_t element = dtype == DType::float64 ? 8 : 4;
   const int64_t lanes = choose_lanes(sizes, element, batch_last(grad_out.strides, sizes.batch));
   const auto bits = by_bits ? row_bits() : nullptr;
