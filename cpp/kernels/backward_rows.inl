@@ -30,8 +30,7 @@ struct BackwardRows {
       Grad grad = Grad::load(all_grad + *walk.row * pitch);
       const S* value = all_values + *walk.value;
       S* dots = all_dots + *walk.value;
-      if constexpr (want_x) walk.prefetch(all_values);
-      if constexpr (want_dots) walk.prefetch(all_dots);
+      ask_ahead(run.count);
       ++walk.row;
       ++walk.value;
       if (run.count >= 4) {
@@ -46,6 +45,15 @@ struct BackwardRows {
         group<1>(grad, value);
         finish<1>(dots);
       });
+    }
+  }
+
+  // For a whole segment further on: blocks are narrow, so that each row's share is a short piece of its own.
+  SPARSEPROP_INLINE void ask_ahead(uint32_t count) const {
+    const uint32_t next = walk.value[kLookAhead - 2];
+    for (uint32_t k = 0; k < count; k += 16) {
+      if constexpr (want_x) __builtin_prefetch(all_values + next + k);
+      if constexpr (want_dots) __builtin_prefetch(all_dots + next + k, 1);
     }
   }
 
