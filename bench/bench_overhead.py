@@ -1,9 +1,13 @@
-"""Fixed cost of a call: layers so small that nothing but Python, the binding and thread start remains."""
+"""Fixed cost of a call: layers so small that nothing but Python, the binding and thread start remains.
+
+Beside it what no layer written in Python can do without: a module whose autograd function computes nothing.
+"""
 
 import os
 
 import pytest
 import torch
+from torch import nn
 
 import sparseprop
 from measure import record, timed
@@ -11,6 +15,32 @@ from rows import Row
 from sparseprop.timing import module_step
 
 CALLS = 50  # in a row, so that the clock does not count
+
+
+class Nothing(torch.autograd.Function):
+    """Memory for the results of a layer, and for those of its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, shape):
+        ctx.save_for_backward(x, weight, bias)
+        return x.new_empty(shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors), None
+
+
+class Idle(nn.Module):
+    """As many parameters as a layer, no work."""
+
+    def __init__(self, layer, x):
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight_values.detach().clone())
+        self.bias = nn.Parameter(layer.bias.detach().clone())
+        self.shape = layer(x).shape
+
+    def forward(self, x):
+        return Nothing.apply(x, self.weight, self.bias, self.shape)
 
 
 def layers():
@@ -33,7 +63,7 @@ def test_call(benchmark, kind, variant, effort):
     layer, x = layers()[kind]
     grad = variant != "forward"
     x.requires_grad_(grad)
-    modules = {"sparse": layer, "dense": layer.to_dense()}
+    modules = {"sparse": layer, "dense": layer.to_dense(), "idle": Idle(layer, x)}
     steps = {name: in_a_row(module_step(module, x, grad=grad)) for name, module in modules.items()}
     times = effort.compare(steps)
     fields = timed(times, {name: name for name in steps}, "sparse", "dense")

@@ -60,7 +60,7 @@ Exchange::Exchange(const Layer& layer, const PatternRef& pattern, const Stream& 
 }
 
 void Exchange::begin_tile() {
-  tiles_.push_back({static_cast<uint32_t>(runs_.size()), static_cast<uint32_t>(lines_.size()), static_cast<uint32_t>(other_.size())});
+  tiles_.push_back({static_cast<uint32_t>(runs_.size()), static_cast<uint32_t>(ahead_.size()), static_cast<uint32_t>(other_.size())});
 }
 
 void Exchange::add_run(int64_t begin, int64_t count, const uint32_t* other) {
@@ -81,7 +81,7 @@ void Exchange::add_stream_tiles(const Stream& stream, const std::vector<uint32_t
       const Range run = stream.nonzeros(p, block);
       add_run(run.begin, run.size(), canonical.data() + run.begin);
     }
-    if (window.size() * element_size <= kWindow) lines_.push_back({static_cast<uint32_t>(window.begin), static_cast<uint32_t>(window.size())});
+    if (window.size() * element_size <= kWindow) ahead_.push_back({static_cast<uint32_t>(window.begin), static_cast<uint32_t>(window.size())});
   }
 }
 
@@ -98,28 +98,28 @@ void Exchange::add_row_tiles(const PatternRef& pattern, const std::vector<uint32
       while (i + n < range.size() && range[i + n] == range[i] + n) ++n;
       add_run(range[i], n, places.data() + i);
     }
-    add_lines(places);
+    add_ahead(places);
   }
 }
 
-// Asked for are the lines of these positions.
-void Exchange::add_lines(std::vector<uint32_t>& places) {
+// Asked for are the lines of these places.
+void Exchange::add_ahead(std::vector<uint32_t>& places) {
   std::sort(places.begin(), places.end());
   for (size_t i = 0, begin = 0; i < places.size(); ++i) {
     if (i + 1 < places.size() && places[i + 1] - places[i] < kGap) continue;
-    lines_.push_back({places[begin], places[i] + 1 - places[begin]});
+    ahead_.push_back({places[begin], places[i] + 1 - places[begin]});
     begin = i + 1;
   }
 }
 
-// move(run, its first other position) for each run of a tile, after ask(lines) for all its lines.
+// move(run, its first other position) for each run of a tile, after ask(run) for all that it visits.
 template <class Ask, class Move>
 void Exchange::for_tiles(bool parallel, Ask ask, Move move) const {
   const int64_t tiles = static_cast<int64_t>(tiles_.size()) - 1;
   run_each(tiles, parallel && static_cast<int64_t>(other_.size()) >= kSerial, [&](int64_t t) {
     const Tile &tile = tiles_[t], &next = tiles_[t + 1];
-    for (uint32_t l = tile.line; l < next.line; ++l) ask(lines_[l]);
-    const uint32_t* other = other_.data() + tile.first;
+    for (uint32_t l = tile.ahead; l < next.ahead; ++l) ask(ahead_[l]);
+    const uint32_t* other = other_.data() + tile.other;
     for (uint32_t r = tile.run; r < next.run; ++r) {
       move(runs_[r], other);
       other += runs_[r].count;
@@ -130,12 +130,12 @@ void Exchange::for_tiles(bool parallel, Ask ask, Move move) const {
 template <class S>
 void Exchange::gather(S* out, const S* values, bool parallel) const {
   if (by_rows_) {
-    for_tiles(parallel, [=](Run lines) { ask<1>(out + lines.begin, lines.count); }, [=](Run run, const uint32_t* other) {
+    for_tiles(parallel, [=](Run places) { ask<1>(out + places.begin, places.count); }, [=](Run run, const uint32_t* other) {
       const S* from = values + run.begin;
       for (uint32_t i = 0; i < run.count; ++i) out[other[i]] = from[i];
     });
   } else {
-    for_tiles(parallel, [=](Run lines) { ask<0>(values + lines.begin, lines.count); }, [=](Run run, const uint32_t* other) {
+    for_tiles(parallel, [=](Run places) { ask<0>(values + places.begin, places.count); }, [=](Run run, const uint32_t* other) {
       S* to = out + run.begin;
       for (uint32_t i = 0; i < run.count; ++i) to[i] = values[other[i]];
     });
@@ -161,15 +161,15 @@ void Exchange::scatter_of(S* out, const S* dots, int64_t splits, bool parallel) 
     return total;
   };
   if (by_rows_) {
-    auto lines_of = [=](Run lines) {
-      for (int64_t s = 0; s < n; ++s) ask<0>(dots + s * nnz + lines.begin, lines.count);
+    auto all_splits = [=](Run places) {
+      for (int64_t s = 0; s < n; ++s) ask<0>(dots + s * nnz + places.begin, places.count);
     };
-    for_tiles(parallel, lines_of, [=](Run run, const uint32_t* other) {
+    for_tiles(parallel, all_splits, [=](Run run, const uint32_t* other) {
       S* to = out + run.begin;
       for (uint32_t i = 0; i < run.count; ++i) to[i] = sum(dots + other[i]);
     });
   } else {
-    for_tiles(parallel, [=](Run lines) { ask<1>(out + lines.begin, lines.count); }, [=](Run run, const uint32_t* other) {
+    for_tiles(parallel, [=](Run places) { ask<1>(out + places.begin, places.count); }, [=](Run run, const uint32_t* other) {
       const S* from = dots + run.begin;
       for (uint32_t i = 0; i < run.count; ++i) out[other[i]] = sum(from + i);
     });
@@ -177,7 +177,7 @@ void Exchange::scatter_of(S* out, const S* dots, int64_t splits, bool parallel) 
 }
 
 int64_t Exchange::storage_bytes() const {
-  return static_cast<int64_t>(tiles_.size() * sizeof(Tile) + (runs_.size() + lines_.size()) * sizeof(Run) + other_.size() * 4);
+  return static_cast<int64_t>(tiles_.size() * sizeof(Tile) + (runs_.size() + ahead_.size()) * sizeof(Run) + other_.size() * 4);
 }
 
 template void Exchange::gather(float*, const float*, bool) const;

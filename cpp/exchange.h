@@ -27,12 +27,12 @@ class Exchange {
   int64_t storage_bytes() const;
 
  private:
-  // Neighbours: in the order that is walked non-zeros, in the other one lines.
+  // Neighbours in one of the two orders.
   struct Run {
     uint32_t begin, count;
   };
   struct Tile {
-    uint32_t run, line, first;  // its first run, run of lines, non-zero
+    uint32_t run, ahead, other;  // where its own begin in the lists below
   };
 
   void add_stream_tiles(const Stream& stream, const std::vector<uint32_t>& canonical, int64_t block, Range window,
@@ -40,7 +40,7 @@ class Exchange {
   void add_row_tiles(const PatternRef& pattern, const std::vector<uint32_t>& position, Range window, int64_t columns,
                      int64_t ranges);
   void add_run(int64_t begin, int64_t count, const uint32_t* other);
-  void add_lines(std::vector<uint32_t>& lines);
+  void add_ahead(std::vector<uint32_t>& places);
   void begin_tile();
 
   template <class Ask, class Move>
@@ -51,7 +51,7 @@ class Exchange {
   bool by_rows_ = false;         // the canonical order is walked, else the stream
   std::vector<Tile> tiles_;      // one more than there are tiles
   std::vector<Run> runs_;        // in the order that is walked
-  std::vector<Run> lines_;       // of the other order, to be asked for before a tile
+  std::vector<Run> ahead_;       // in the other order, to be asked for before a tile
   std::vector<uint32_t> other_;  // position in the other order, run after run
 };
 
