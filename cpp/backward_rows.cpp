@@ -20,7 +20,8 @@ class BackwardRowsRun {
   void pack_rows(Range rows) const {
     const Placement place = place_output(call_.sizes, grid_, grad_out_.strides);
     S* panel = panel_ + rows.begin * plan_.tile;
-    pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grad_out_.data), rows.begin, rows.size(), padded_, panel, shape());
+    pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grad_out_.data), rows.begin, rows.size(), padded_, panel,
+               shape());
     if (!grads_.bias) return;
     std::fill(grads_.bias + rows.begin, grads_.bias + rows.end, S(0));
     call_.kernels().row_sums(grads_.bias + rows.begin, panel, plan_.tile, rows.size(), padded_.end);
@@ -28,7 +29,8 @@ class BackwardRowsRun {
 
   // All rows' non-zeros in one block of the input channels.
   void run_block(int64_t b, void* scratch) const {
-    const int64_t channel = stream_.panel_row(b), channels = std::min(stream_.panel_row(b + 1), call_.layer.in_channels) - channel;
+    const int64_t channel = stream_.panel_row(b);
+    const int64_t channels = std::min(stream_.panel_row(b + 1), call_.layer.in_channels) - channel;
     S* x = at<S>(scratch, x_at_);
     S* grad_x = grads_.in.data ? at<S>(scratch, grad_x_at_) : nullptr;
     if (grads_.values) load(x_, channel, channels, x);
@@ -40,7 +42,8 @@ class BackwardRowsRun {
     call_.kernels().backward_rows[call_.lane_groups(grid_.columns) - 1](
         {stream_.block(0, b), values_, panel_, x, grad_x, plan_.stream.unit_log2, plan_.tile, grads_.values});
     if (grad_x) {
-      unpack<S, A>(call_.table, grid_, place(grads_.in), static_cast<A*>(grads_.in.data), channel, channels, columns_, grad_x, plan_.tile);
+      unpack<S, A>(call_.table, grid_, place(grads_.in), static_cast<A*>(grads_.in.data), channel, channels, columns_, grad_x,
+                   plan_.tile);
     }
   }
 

@@ -55,7 +55,10 @@ RowBits::RowBits(const Layer& layer, const PatternRef& pattern)
       start(pattern.row_ptr, pattern.row_ptr + layer.out_channels + 1) {
   for (int64_t r = 0; r < layer.out_channels; ++r) {
     uint8_t* row = bits.data() + r * pitch();
-    for (int64_t k = start[r]; k < start[r + 1]; ++k) row[pattern.col_idx[k] / 8] |= static_cast<uint8_t>(1u << pattern.col_idx[k] % 8);
+    for (int64_t k = start[r]; k < start[r + 1]; ++k) {
+      const int32_t column = pattern.col_idx[k];
+      row[column / 8] |= static_cast<uint8_t>(1u << column % 8);
+    }
   }
 }
 
@@ -69,8 +72,8 @@ double least_density(Direction direction, int64_t batch, ptrdiff_t vector) {
 bool goes_by_bits(const Layer& layer, const Sizes& sizes, int64_t nnz, Direction direction, ptrdiff_t vector) {
   const Triple one = {1, 1, 1};
   const double weights = double(layer.in_channels) * double(layer.out_channels);
-  return layer.taps() == 1 && layer.groups == 1 && layer.stride == one && sizes.in == one && sizes.out == one && sizes.batch > 0 &&
-         sizes.batch <= kBatch && weights > 0 && double(nnz) >= least_density(direction, sizes.batch, vector) * weights;
+  const bool linear = layer.taps() == 1 && layer.groups == 1 && layer.stride == one && sizes.in == one && sizes.out == one;
+  return linear && sizes.batch > 0 && sizes.batch <= kBatch && weights > 0 && double(nnz) >= least_density(direction, sizes.batch, vector) * weights;
 }
 
 template <class S, class A>

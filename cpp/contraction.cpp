@@ -70,9 +70,11 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   const Problem problem = forward ? Problem{layer_.out_channels, inner, 1, phases, double(pattern_.nnz), kSegment, kHalfTileForward}
                                   : Problem{inner, layer_.out_channels, phases, 1, double(pattern_.nnz),
                                             grid.max_shift == 0 ? kSegmentBackward : kSegment, kHalfTileBackward};
-  const Schedule schedule = by_rows ? make_row_schedule(grid, problem, element_size) : make_schedule(layer_, grid, problem, element_size);
+  const Schedule schedule =
+      by_rows ? make_row_schedule(grid, problem, element_size) : make_schedule(layer_, grid, problem, element_size);
   std::vector<uint32_t> canonical;
-  Stream stream(forward ? forward_entries(layer_, pattern, grid) : backward_entries(layer_, pattern, grid), schedule.stream, canonical);
+  Stream stream(forward ? forward_entries(layer_, pattern, grid) : backward_entries(layer_, pattern, grid), schedule.stream,
+                canonical);
   Exchange exchange;
   if (!forward) exchange = Exchange(layer_, pattern, stream, canonical, element_size);
   auto lowered = std::make_shared<const Lowered>(
