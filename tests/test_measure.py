@@ -194,4 +194,4 @@ def test_measuring_for_real_works_on_every_kind():
         entry = plan(layer, torch.ones(shapes[kind]))[0]
         assert entry.dense_ms > 0
         assert entry.sparse_ms > 0
-        assert entry.reason.startswith("measured: ")
+        assert entry.reason.startswith("measured")  # or "measured in channels_last", as time decides
