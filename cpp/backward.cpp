@@ -152,11 +152,10 @@ void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRe
   Pieces pieces;
   const size_t values_at = pieces.add<S>(nnz), dots_at = pieces.add<S>(grads.values ? nnz * splits : 0),
                bias_at = pieces.add<S>(rows * splits);
-  void* scratch = call_arena().reserve(pieces.bytes());
-  if (scratch == nullptr) throw std::bad_alloc();
-  S* values_t = at<S>(scratch, values_at);
-  S* dots = at<S>(scratch, dots_at);
-  S* bias_sums = grads.bias ? at<S>(scratch, bias_at) : nullptr;
+  const CallScratch scratch(pieces.bytes());
+  S* values_t = at<S>(scratch.data, values_at);
+  S* dots = at<S>(scratch.data, dots_at);
+  S* bias_sums = grads.bias ? at<S>(scratch.data, bias_at) : nullptr;
   if (bias_sums) std::fill_n(bias_sums, rows * splits, S(0));
   if (grads.in.data) call.low.exchange.gather(values_t, values, parallel);
   const BackwardRun<S, A> run(call, x, grad_out, grads, values_t, dots, bias_sums, splits);
@@ -167,7 +166,6 @@ void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRe
     for (int64_t s = 1; s < splits; ++s) sum += bias_sums[s * rows + o];
     grads.bias[o] = sum;
   }
-  call_arena().trim(kKeepScratch);
 }
 
 template void run_backward(const Call<float, float>&, TensorRef, const float*, TensorRef, const Gradients<float>&, bool);

@@ -21,7 +21,7 @@ class BackwardRowsRun {
     const Placement place = place_output(call_.sizes, grid_, grad_out_.strides);
     S* panel = panel_ + rows.begin * plan_.tile;
     pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grad_out_.data), rows.begin, rows.size(), padded_, panel,
-               shape());
+               plan_.panel);
     if (!grads_.bias) return;
     std::fill(grads_.bias + rows.begin, grads_.bias + rows.end, S(0));
     call_.kernels().row_sums(grads_.bias + rows.begin, panel, plan_.tile, rows.size(), padded_.end);
@@ -48,12 +48,11 @@ class BackwardRowsRun {
   }
 
  private:
-  PanelShape shape() const { return {plan_.tile, plan_.tile, plan_.tile}; }
   Placement place(const TensorRef& tensor) const {
     return place_input(call_.layer, call_.sizes, grid_, tensor.strides, grid_.phases[0]);
   }
   void load(const TensorRef& tensor, int64_t channel, int64_t channels, S* rows) const {
-    pack<A, S>(call_.table, grid_, place(tensor), static_cast<const A*>(tensor.data), channel, channels, padded_, rows, shape());
+    pack<A, S>(call_.table, grid_, place(tensor), static_cast<const A*>(tensor.data), channel, channels, padded_, rows, plan_.panel);
   }
 
   const Call<S, A>& call_;
@@ -77,16 +76,14 @@ void run_backward_rows(const Call<S, A>& call, TensorRef x, const S* values, Ten
   const int64_t rows = call.layer.out_channels, shares = team_size(parallel && rows * call.low.schedule.tile >= kSerial);
   Pieces pieces;
   const size_t panel_at = pieces.add<S>(rows * call.low.schedule.tile);
-  void* scratch = call_arena().reserve(pieces.bytes());
-  if (scratch == nullptr) throw std::bad_alloc();
-  const BackwardRowsRun<S, A> run(call, x, values, grad_out, grads, at<S>(scratch, panel_at));
+  const CallScratch scratch(pieces.bytes());
+  const BackwardRowsRun<S, A> run(call, x, values, grad_out, grads, at<S>(scratch.data, panel_at));
   run_each(shares, shares > 1, [&](int64_t i) { run.pack_rows(share(rows, shares, i)); });
   if (grads.in.data || grads.values) {
     run_list(call.low.stream.blocks(), parallel, [&] {
       return [&run, mine = scratch_of(run.scratch_bytes())](int64_t b) { run.run_block(b, mine); };
     });
   }
-  call_arena().trim(kKeepScratch);
 }
 
 template void run_backward_rows(const Call<float, float>&, TensorRef, const float*, TensorRef, const Gradients<float>&, bool);

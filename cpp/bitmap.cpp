@@ -5,9 +5,10 @@
 namespace sparseprop {
 namespace {
 
-constexpr int64_t kBatch = 8;        // at most
-constexpr int64_t kWork = 1 << 16;   // weights of a task, at least
-constexpr int64_t kTasks = 8, kSums = 4;
+constexpr int64_t kBatch = 8;       // at most
+constexpr int64_t kWork = 1 << 16;  // weights of a share of the rows, at least
+constexpr int64_t kShares = 8;      // at most
+constexpr int64_t kSums = 4;        // shares with input gradients of their own, at most
 
 // Both ways between tensors of any strides, (batch, channels), and rows of `pitch` elements.
 template <class S, class A>
@@ -43,15 +44,30 @@ int64_t shares_of(const Layer& layer, int64_t most) {
   return std::clamp<int64_t>(layer.out_channels * layer.in_channels / kWork, 1, most);
 }
 
-Range rows_of(const Layer& layer, int64_t shares, int64_t i) {
-  const Range groups = share((layer.out_channels + 15) / 16, shares, i);
-  return {std::min(groups.begin * 16, layer.out_channels), std::min(groups.end * 16, layer.out_channels)};
+// run(i, arguments of share i).
+template <class S, class Run>
+void for_shares(const Layer& layer, int64_t shares, bool parallel, const BitmapArgs<S>& all, Run run) {
+  const int64_t rows = layer.out_channels;
+  run_each(shares, parallel && shares > 1, [&](int64_t i) {
+    const Range groups = share(ceil_div(rows, 16), shares, i);
+    BitmapArgs<S> mine = all;
+    mine.first = std::min(groups.begin * 16, rows);
+    mine.last = std::min(groups.end * 16, rows);
+    run(i, mine);
+  });
+}
+
+// Measured on Linear layers of 256 to 4096 features: work grows with the batch and not with the non-zeros. More than four
+// batch entries walk a row's weights twice, which vectors of 8 are too slow for.
+double least_density(Direction direction, int64_t batch, ptrdiff_t vector) {
+  if (direction == Direction::backward) return 0.08 + 0.045 * double(batch);
+  return batch <= 4 ? 0.2 : vector >= 16 ? 0.4 : 1.0;
 }
 
 }  // namespace
 
 RowBits::RowBits(const Layer& layer, const PatternRef& pattern)
-    : columns((layer.in_channels + 15) / 16 * 16), bits(layer.out_channels * columns / 8),
+    : columns(ceil_div(layer.in_channels, 16) * 16), bits(layer.out_channels * columns / 8),
       start(pattern.row_ptr, pattern.row_ptr + layer.out_channels + 1) {
   for (int64_t r = 0; r < layer.out_channels; ++r) {
     uint8_t* row = bits.data() + r * pitch();
@@ -62,39 +78,27 @@ RowBits::RowBits(const Layer& layer, const PatternRef& pattern)
   }
 }
 
-// Measured on Linear layers of 256 to 4096 features: work grows with the batch and not with the non-zeros. More than four
-// batch entries walk a row's weights twice, which vectors of 8 are too slow for.
-double least_density(Direction direction, int64_t batch, ptrdiff_t vector) {
-  if (direction == Direction::backward) return 0.08 + 0.045 * double(batch);
-  return batch <= 4 ? 0.2 : vector >= 16 ? 0.4 : 1.0;
-}
-
 bool goes_by_bits(const Layer& layer, const Sizes& sizes, int64_t nnz, Direction direction, ptrdiff_t vector) {
   const Triple one = {1, 1, 1};
   const double weights = double(layer.in_channels) * double(layer.out_channels);
   const bool linear = layer.taps() == 1 && layer.groups == 1 && layer.stride == one && sizes.in == one && sizes.out == one;
-  return linear && sizes.batch > 0 && sizes.batch <= kBatch && weights > 0 && double(nnz) >= least_density(direction, sizes.batch, vector) * weights;
+  return linear && sizes.batch > 0 && sizes.batch <= kBatch && weights > 0 &&
+         double(nnz) >= least_density(direction, sizes.batch, vector) * weights;
 }
 
 template <class S, class A>
 void bitmap_forward(const BitCall<S>& call, TensorRef x, const S* values, const S* bias, TensorRef out, bool parallel) {
-  const int64_t rows = call.layer.out_channels, columns = call.pattern.columns, shares = shares_of(call.layer, kTasks);
+  const int64_t rows = call.layer.out_channels, columns = call.pattern.columns, shares = shares_of(call.layer, kShares);
   Pieces pieces;
   const size_t x_at = pieces.add<S>(call.batch * columns), out_at = pieces.add<S>(call.batch * rows);
-  void* scratch = call_arena().reserve(pieces.bytes());
-  if (scratch == nullptr) throw std::bad_alloc();
+  const CallScratch scratch(pieces.bytes());
   const KernelsOf<S>& kernels = kernels_of<S>(call.table);
   BitmapArgs<S> a = arguments(call, values, kernels.vector);
-  load_rows<S, A>(call.table, x, call.batch, call.layer.in_channels, at<S>(scratch, x_at), columns);
-  a.x = at<S>(scratch, x_at);
+  load_rows<S, A>(call.table, x, call.batch, call.layer.in_channels, at<S>(scratch.data, x_at), columns);
+  a.x = at<S>(scratch.data, x_at);
   a.bias = bias;
-  a.out = at<S>(scratch, out_at);
-  run_each(shares, parallel && shares > 1, [&](int64_t i) {
-    BitmapArgs<S> mine = a;
-    const Range range = rows_of(call.layer, shares, i);
-    mine.first = range.begin, mine.last = range.end;
-    kernels.bitmap_forward(mine);
-  });
+  a.out = at<S>(scratch.data, out_at);
+  for_shares(call.layer, shares, parallel, a, [&](int64_t, const BitmapArgs<S>& mine) { kernels.bitmap_forward(mine); });
   store_rows<S, A>(call.table, a.out, rows, call.batch, rows, out);
 }
 
@@ -106,23 +110,19 @@ void bitmap_backward(const BitCall<S>& call, TensorRef x, const S* values, Tenso
   Pieces pieces;
   const size_t x_at = pieces.add<S>(grads.values ? size : 0), grad_at = pieces.add<S>(call.batch * rows),
                sums_at = pieces.add<S>(grads.in.data ? size * shares : 0);
-  void* scratch = call_arena().reserve(pieces.bytes());
-  if (scratch == nullptr) throw std::bad_alloc();
+  const CallScratch scratch(pieces.bytes());
   const KernelsOf<S>& kernels = kernels_of<S>(call.table);
   BitmapArgs<S> a = arguments(call, values, kernels.vector);
-  if (grads.values) load_rows<S, A>(call.table, x, call.batch, channels, at<S>(scratch, x_at), columns);
-  S* grad = at<S>(scratch, grad_at);
+  if (grads.values) load_rows<S, A>(call.table, x, call.batch, channels, at<S>(scratch.data, x_at), columns);
+  S* grad = at<S>(scratch.data, grad_at);
   load_rows<S, A>(call.table, grad_out, call.batch, rows, grad, rows);
-  a.x = at<S>(scratch, x_at);
+  a.x = at<S>(scratch.data, x_at);
   a.grad_out = grad;
   a.dots = grads.values;
-  S* sums = grads.in.data ? at<S>(scratch, sums_at) : nullptr;
+  S* sums = grads.in.data ? at<S>(scratch.data, sums_at) : nullptr;
   if (sums && grads.added.data) load_rows<S, A>(call.table, grads.added, call.batch, channels, sums, columns);
   if (sums || grads.values) {
-    run_each(shares, parallel && shares > 1, [&](int64_t i) {
-      BitmapArgs<S> mine = a;
-      const Range range = rows_of(call.layer, shares, i);
-      mine.first = range.begin, mine.last = range.end;
+    for_shares(call.layer, shares, parallel, a, [&](int64_t i, BitmapArgs<S>& mine) {
       if (sums) mine.grad_x = sums + i * size;
       if (sums && (i > 0 || !grads.added.data)) std::fill_n(mine.grad_x, size, S(0));
       kernels.bitmap_backward(mine);
@@ -136,7 +136,6 @@ void bitmap_backward(const BitCall<S>& call, TensorRef x, const S* values, Tenso
     for (int64_t b = 0; b < call.batch; ++b) sum += grad[b * rows + o];
     grads.bias[o] = sum;
   }
-  call_arena().trim(kKeepScratch);
 }
 
 #define SPARSEPROP_BITMAP(S, A)                                                                                      \

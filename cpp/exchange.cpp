@@ -11,7 +11,7 @@ constexpr int64_t kTasks = 8;                   // at least, where there are as 
 constexpr int64_t kWindow = int64_t{256} << 10;  // bytes of canonical values that stay in L2 meanwhile
 constexpr int64_t kRowTile = 12 * 1024;          // bytes of a tile's values that stay in L1
 constexpr int64_t kLine = 64;
-constexpr int64_t kSets = 64, kWays = 12;        // of L1, on most CPUs
+constexpr int64_t kSets = 64, kWays = 12;        // of L1, on CPUs since 2019 or so; older ones have 8 ways
 constexpr uint32_t kGap = 16;                    // non-zeros between which lines are asked for as well
 
 template <int write, class S>

@@ -131,15 +131,6 @@ class Block {
   const FoldedNorm<S> inner_, last_;
 };
 
-// What a thread keeps between its images.
-struct Scratch {
-  void* data;
-  explicit Scratch(size_t bytes) : data(call_arena().reserve(bytes)) {
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { call_arena().trim(kKeepScratch); }
-};
-
 }  // namespace
 
 template <class S>
@@ -150,7 +141,7 @@ void run_block(const InvertedBlock& call) {
   const int64_t each = call.images / group / threads * threads, done = each * group;
   if (each > 0) {
     run_list(each, true, [&] {
-      return [&, scratch = std::make_shared<Scratch>(block.scratch_bytes(group)), fresh = true](int64_t i) mutable {
+      return [&, scratch = std::make_shared<CallScratch>(block.scratch_bytes(group)), fresh = true](int64_t i) mutable {
         block.run({i * group, (i + 1) * group}, scratch->data, fresh);
         fresh = false;
       };
@@ -158,7 +149,7 @@ void run_block(const InvertedBlock& call) {
   }
   for (int64_t i = done; i < call.images; i += group) {
     const Range images = {i, std::min(i + group, call.images)};
-    const Scratch scratch(block.scratch_bytes(group));
+    const CallScratch scratch(block.scratch_bytes(group));
     block.run(images, scratch.data, true);
   }
 }

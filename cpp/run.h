@@ -47,12 +47,23 @@ S* at(void* base, size_t offset) {
   return reinterpret_cast<S*>(static_cast<char*>(base) + offset);
 }
 
-// This thread's scratch, until it asks for more.
-inline void* scratch_of(size_t bytes) {
-  void* scratch = thread_arena().reserve(bytes);
+inline void* reserve(Arena& arena, size_t bytes) {
+  void* scratch = arena.reserve(bytes);
   if (scratch == nullptr) throw std::bad_alloc();
   return scratch;
 }
+
+// This thread's scratch, until it asks for more.
+inline void* scratch_of(size_t bytes) { return reserve(thread_arena(), bytes); }
+
+// A call's scratch; large ones are given back behind it.
+struct CallScratch {
+  void* data;
+  explicit CallScratch(size_t bytes) : data(reserve(call_arena(), bytes)) {}
+  CallScratch(const CallScratch&) = delete;
+  CallScratch& operator=(const CallScratch&) = delete;
+  ~CallScratch() { call_arena().trim(kKeepScratch); }
+};
 
 template <class S, class A>
 struct Call {

@@ -56,15 +56,13 @@ bool goes_by_rows(const Grid& grid, int64_t element_size) {
 
 // Blocks of input channels are what threads share out.
 Schedule make_row_schedule(const Grid& grid, const Problem& problem, int64_t element_size) {
-  Schedule s;
+  Schedule s{};
   s.tile = tile_of(grid.columns, 64 / element_size, kMaxRowTile);
   s.chunk = s.tile;
   s.chunks = 1;
   s.panel = {s.tile, s.tile, s.tile};
-  s.panel_size = problem.panel_rows * s.tile;
   const int64_t row_bytes = s.tile * element_size * 2;  // x and its gradient
-  const double per_panel_row = problem.nnz / (double(problem.rows) * double(std::max<int64_t>(1, problem.panel_rows)));
-  const auto rows_of = [&](double segment) { return int64_t(std::min(segment / std::max(per_panel_row, 1e-9), 1e9)); };
+  const auto rows_of = [&](double segment) { return int64_t(std::min(segment / std::max(problem.per_panel_row(), 1e-9), 1e9)); };
   int64_t block = std::max(kL1 / row_bytes, std::min(kL2 / row_bytes, rows_of(problem.segment)));
   block = std::min(block, std::max((problem.panel_rows + kPieces - 1) / kPieces, rows_of(4)));
   s.stream.unit_log2 = block * s.tile < kOffsets ? 0 : log2_of(s.tile);
@@ -80,8 +78,7 @@ Schedule make_row_schedule(const Grid& grid, const Problem& problem, int64_t ele
 
 Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size) {
   Schedule s;
-  const double per_panel_row = problem.nnz / (double(problem.rows) * double(std::max<int64_t>(1, problem.panel_rows)));
-  const bool half = grid.columns == grid.batch && per_panel_row <= problem.half_tile;
+  const bool half = grid.columns == grid.batch && problem.per_panel_row() <= problem.half_tile;
   const int64_t lanes = 64 / element_size, full = lanes * kMaxTile / (half ? 2 : 1);
   s.tile = tile_of(grid.columns, lanes, full / lanes);
   const int64_t shift = grid.max_shift, row_bytes = problem.panel_rows * element_size;
@@ -107,7 +104,7 @@ Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& prob
   s.stream.row_pitch = s.panel.row_pitch;
   s.stream.row_step = problem.row_step;
   const int64_t l1_rows = kL1 / (span * element_size), l2_rows = kL2 / (span * element_size);
-  const double wanted = problem.segment / std::max(per_panel_row, 1e-9);
+  const double wanted = problem.segment / std::max(problem.per_panel_row(), 1e-9);
   int64_t block = std::max(l1_rows, std::min(l2_rows, int64_t(std::min(wanted, 1e9))));
   if (wanted > 4.0 * l2_rows) block = problem.panel_rows;
   // Offsets in single elements save the kernels a shift; tiles of a very sparse layer reach further in whole rows.

@@ -12,7 +12,7 @@ struct Schedule {
   int64_t tile;          // columns per tile
   int64_t chunk;         // columns per chunk, a multiple of tile
   int64_t chunks;
-  int64_t panel_size;    // elements
+  int64_t panel_size;    // elements; 0 by rows, which have no panel of the whole input
   PanelShape panel;      // of a chunk with its halo
   StreamShape stream;
 };
@@ -25,6 +25,8 @@ struct Problem {
   double nnz;
   double segment;      // non-zeros per segment below which partial sums cost more than L1 saves
   double half_tile;    // density up to which tiles of half the width are faster where columns are batch entries
+
+  double per_panel_row() const { return nnz / (double(rows) * double(panel_rows > 0 ? panel_rows : 1)); }  // and row
 };
 
 // Whether a backward pass walks the pattern by output rows: one tile of columns, each non-zero on columns of its own.
