@@ -157,10 +157,10 @@ void run_backward(const Call<S, A>& call, TensorRef x, const S* values, TensorRe
   S* dots = at<S>(scratch.data, dots_at);
   S* bias_sums = grads.bias ? at<S>(scratch.data, bias_at) : nullptr;
   if (bias_sums) std::fill_n(bias_sums, rows * splits, S(0));
-  if (grads.in.data) call.low.exchange.gather(values_t, values, parallel);
+  if (grads.in.data) call.low.exchange.gather(call.table, values_t, values, parallel);
   const BackwardRun<S, A> run(call, x, grad_out, grads, values_t, dots, bias_sums, splits);
   run_chunks(run, run.work(team_size(parallel)), {true, call.worthwhile_parts()}, parallel);
-  if (grads.values) call.low.exchange.scatter(grads.values, dots, splits, parallel);
+  if (grads.values) call.low.exchange.scatter(call.table, grads.values, dots, splits, parallel);
   for (int64_t o = 0; grads.bias && o < rows; ++o) {
     S sum = bias_sums[o];
     for (int64_t s = 1; s < splits; ++s) sum += bias_sums[s * rows + o];

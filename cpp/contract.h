@@ -60,6 +60,21 @@ struct BackwardArgs {
   bool onto;        // add to what `grad_x` holds
 };
 
+// 16 x 16 weights: where there is one, and where each column's first lies in the order of columns.
+struct WeightTile {
+  static constexpr int side = 16;
+  uint16_t row[side], column[side];
+  uint32_t place[side];
+};
+
+// A band of tiles, `columns` times `rows` one below the other, and where its rows begin in the order of rows.
+struct WeightTiles {
+  static constexpr int most = 4;
+  const WeightTile* tiles;
+  ptrdiff_t columns, rows;
+  const uint32_t* row_start;  // of `rows` times 16 rows
+};
+
 // For tiles of at most kMaxRowTile lane groups (with 4, layers of 50 % density are slower than by input rows): grad_out and
 // x in panels of the same pitch.
 constexpr int kMaxRowTile = 2;

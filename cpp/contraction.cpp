@@ -76,7 +76,7 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   Stream stream(forward ? forward_entries(layer_, pattern, grid) : backward_entries(layer_, pattern, grid), schedule.stream,
                 canonical);
   Exchange exchange;
-  if (!forward) exchange = Exchange(layer_, pattern, stream, canonical, element_size);
+  if (!forward) exchange = Exchange(layer_, grid, pattern, stream, canonical, element_size);
   auto lowered = std::make_shared<const Lowered>(
       Lowered{direction, element_size, sizes, grid, schedule, by_rows, std::move(stream), std::move(exchange)});
   if (cache_.size() >= kCached) cache_.erase(cache_.begin());

@@ -38,8 +38,12 @@ bool collide(const PatternRef& pattern, Range rows, int64_t parts, int64_t eleme
 }  // namespace
 
 // A block of the stream holds a window of the canonical order: a range of its rows.
-Exchange::Exchange(const Layer& layer, const PatternRef& pattern, const Stream& stream, const std::vector<uint32_t>& canonical,
-                   int64_t element_size) {
+Exchange::Exchange(const Layer& layer, const Grid& grid, const PatternRef& pattern, const Stream& stream,
+                   const std::vector<uint32_t>& canonical, int64_t element_size) {
+  if (TileTranspose::suits(layer, grid, pattern.nnz)) {
+    by_bits_.emplace(layer, pattern, stream, canonical);
+    return;
+  }
   const int64_t rows = layer.out_channels, blocks = stream.blocks();
   auto rows_of = [&](int64_t b) { return Range{std::min(rows, stream.panel_row(b)), std::min(rows, stream.panel_row(b + 1))}; };
   by_rows_ = collide(pattern, rows_of(0), static_cast<int64_t>(stream.parts().size()), element_size);
@@ -128,7 +132,8 @@ void Exchange::for_tiles(bool parallel, Ask ask, Move move) const {
 }
 
 template <class S>
-void Exchange::gather(S* out, const S* values, bool parallel) const {
+void Exchange::gather(const Kernels& table, S* out, const S* values, bool parallel) const {
+  if (by_bits_) return by_bits_->gather(table, out, values, parallel);
   if (by_rows_) {
     for_tiles(parallel, [=](Run places) { ask<1>(out + places.begin, places.count); }, [=](Run run, const uint32_t* other) {
       const S* from = values + run.begin;
@@ -143,7 +148,8 @@ void Exchange::gather(S* out, const S* values, bool parallel) const {
 }
 
 template <class S>
-void Exchange::scatter(S* out, const S* dots, int64_t splits, bool parallel) const {
+void Exchange::scatter(const Kernels& table, S* out, const S* dots, int64_t splits, bool parallel) const {
+  if (by_bits_) return by_bits_->scatter(table, out, dots, splits, parallel);
   switch (splits) {
     case 1: return scatter_of<1>(out, dots, splits, parallel);
     case 2: return scatter_of<2>(out, dots, splits, parallel);
@@ -177,12 +183,13 @@ void Exchange::scatter_of(S* out, const S* dots, int64_t splits, bool parallel) 
 }
 
 int64_t Exchange::storage_bytes() const {
-  return static_cast<int64_t>(tiles_.size() * sizeof(Tile) + (runs_.size() + ahead_.size()) * sizeof(Run) + other_.size() * 4);
+  return static_cast<int64_t>(tiles_.size() * sizeof(Tile) + (runs_.size() + ahead_.size()) * sizeof(Run) + other_.size() * 4) +
+         (by_bits_ ? by_bits_->storage_bytes() : 0);
 }
 
-template void Exchange::gather(float*, const float*, bool) const;
-template void Exchange::gather(double*, const double*, bool) const;
-template void Exchange::scatter(float*, const float*, int64_t, bool) const;
-template void Exchange::scatter(double*, const double*, int64_t, bool) const;
+template void Exchange::gather(const Kernels&, float*, const float*, bool) const;
+template void Exchange::gather(const Kernels&, double*, const double*, bool) const;
+template void Exchange::scatter(const Kernels&, float*, const float*, int64_t, bool) const;
+template void Exchange::scatter(const Kernels&, double*, const double*, int64_t, bool) const;
 
 }  // namespace sparseprop

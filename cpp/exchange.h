@@ -1,28 +1,32 @@
 // Values and weight gradients between the canonical order, which the optimizer sees, and the order of a transposed stream.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "entries.h"
 #include "range.h"
+#include "transpose.h"
 
 namespace sparseprop {
 
-// Moves tile by tile, so that what is visited in random order stays in a cache. One of the two orders is walked in runs.
+// Dense enough patterns are transposed by their bits; others move one non-zero after the other, tile by tile, so that what is
+// visited in random order stays in a cache, and one of the two orders is walked in runs.
 class Exchange {
  public:
   Exchange() = default;
   // `canonical`: where in the canonical order the stream's non-zeros are.
-  Exchange(const Layer& layer, const PatternRef& pattern, const Stream& stream, const std::vector<uint32_t>& canonical,
-           int64_t element_size);
+  Exchange(const Layer& layer, const Grid& grid, const PatternRef& pattern, const Stream& stream,
+           const std::vector<uint32_t>& canonical, int64_t element_size);
 
   // The values in the order of the stream.
   template <class S>
-  void gather(S* out, const S* values, bool parallel) const;
+  void gather(const Kernels& table, S* out, const S* values, bool parallel) const;
 
-  // Weight gradients in canonical order: the sum of `splits` arrays in the order of the stream, one behind the other.
+  // Weight gradients in canonical order: the sum of `splits` arrays in the order of the stream, one behind the other. May
+  // read as far as 64 bytes behind the last.
   template <class S>
-  void scatter(S* out, const S* dots, int64_t splits, bool parallel) const;
+  void scatter(const Kernels& table, S* out, const S* dots, int64_t splits, bool parallel) const;
 
   int64_t storage_bytes() const;
 
@@ -48,6 +52,7 @@ class Exchange {
   template <int fixed, class S>
   void scatter_of(S* out, const S* dots, int64_t splits, bool parallel) const;
 
+  std::optional<TileTranspose> by_bits_;  // instead of all below
   bool by_rows_ = false;         // the canonical order is walked, else the stream
   std::vector<Tile> tiles_;      // one more than there are tiles
   std::vector<Run> runs_;        // in the order that is walked

@@ -153,7 +153,12 @@ struct Move {
   }
 
   static inline void block(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t i, ptrdiff_t j) {
-    V::transpose(dst + j * dst_pitch + i, dst_pitch, src + i * src_pitch + j, src_pitch);
+    V lines[V::width];
+#pragma GCC unroll 16
+    for (int k = 0; k < V::width; ++k) lines[k] = V::loadu(src + (i + k) * src_pitch + j);
+    V::transpose(lines);
+#pragma GCC unroll 16
+    for (int k = 0; k < V::width; ++k) lines[k].storeu(dst + (j + k) * dst_pitch + i);
   }
 
   static void corner(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch, ptrdiff_t rows, ptrdiff_t cols) {

@@ -11,6 +11,7 @@
 #include "move.inl"
 #include "norm.inl"
 #include "pool.inl"
+#include "transpose.inl"
 
 namespace sparseprop {
 
@@ -38,6 +39,8 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           {&backward_rows<V, group>, &backward_rows<V, 2 * group>},
           &Bitmap<V>::forward,
           &Bitmap<V>::backward,
+          &Transpose<V>::gather,
+          &Transpose<V>::scatter,
           V::width,
           &Sums<V>::zero,
           &Sums<V>::rows,

@@ -5,6 +5,7 @@
 
 #include "bits.h"
 #include "convert.h"
+#include "transpose.h"
 
 namespace sparseprop::avx2 {
 
@@ -131,23 +132,24 @@ struct F32 {
     if (accumulate) sum = _mm_add_ps(sum, n == 4 ? _mm_loadu_ps(dots) : _mm_maskload_ps(dots, some));
     n == 4 ? _mm_storeu_ps(dots, sum) : _mm_maskstore_ps(dots, some, sum);
   }
-  template <class In, class Out>
-  static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch) {
+  static void transpose(F32 (&x)[width]) {
     __m256 r[8], t[8];
-    for (int i = 0; i < 8; ++i) r[i] = loadu(src + i * src_pitch).v;
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i += 2) {
-      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+      t[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+      t[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i += 4) {
       r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
       r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
       r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
       r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      F32{_mm256_permute2f128_ps(r[i], r[i + 4], 0x20)}.storeu(dst + i * dst_pitch);
-      F32{_mm256_permute2f128_ps(r[i], r[i + 4], 0x31)}.storeu(dst + (i + 4) * dst_pitch);
+      x[i].v = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+      x[i + 4].v = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
     }
   }
 };
@@ -222,11 +224,7 @@ struct F64 {
   static void finish4(F64 folded, double* dots, bool accumulate) {
     (accumulate ? add(folded, load_some(dots, n)) : folded).store_some(dots, n);
   }
-  static void transpose(double* dst, ptrdiff_t dst_pitch, const double* src, ptrdiff_t src_pitch) {
-    for (int j = 0; j < width; ++j) {
-      for (int i = 0; i < width; ++i) dst[j * dst_pitch + i] = src[i * src_pitch + j];
-    }
-  }
+  static void transpose(F64 (&x)[width]) { transpose_lanes(x); }
 };
 
 }  // namespace sparseprop::avx2

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "../kernels.h"
+#include "transpose.h"
 
 namespace sparseprop::avx512 {
 
@@ -114,29 +115,30 @@ struct F32 {
     n == 4 ? _mm_storeu_ps(dots, sum) : _mm_mask_storeu_ps(dots, some, sum);
   }
 
-  template <class In, class Out>
-  static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch) {
+  static void transpose(F32 (&x)[width]) {
     __m512 r[16], t[16];
-    for (int i = 0; i < 16; ++i) r[i] = loadu(src + i * src_pitch).v;
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+      t[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+      t[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 4) {
       r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
       r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
       r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
       r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
-    // r[4g + k] holds columns k, k+4, k+8, k+12 (one per 128-bit quarter) of rows 4g .. 4g+3
+// r[4g + k] holds columns k, k+4, k+8, k+12 (one per 128-bit quarter) of rows 4g .. 4g+3
+#pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       const __m512 low01 = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x88), high01 = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xdd);
       const __m512 low23 = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x88),
                    high23 = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xdd);
-      F32{_mm512_shuffle_f32x4(low01, low23, 0x88)}.storeu(dst + k * dst_pitch);
-      F32{_mm512_shuffle_f32x4(high01, high23, 0x88)}.storeu(dst + (k + 4) * dst_pitch);
-      F32{_mm512_shuffle_f32x4(low01, low23, 0xdd)}.storeu(dst + (k + 8) * dst_pitch);
-      F32{_mm512_shuffle_f32x4(high01, high23, 0xdd)}.storeu(dst + (k + 12) * dst_pitch);
+      x[k].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
+      x[k + 4].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
+      x[k + 8].v = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+      x[k + 12].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
     }
   }
 };
@@ -206,11 +208,7 @@ struct F64 {
     if (accumulate) sum = _mm256_add_pd(sum, _mm256_maskz_loadu_pd(some, dots));
     _mm256_mask_storeu_pd(dots, some, sum);
   }
-  static void transpose(double* dst, ptrdiff_t dst_pitch, const double* src, ptrdiff_t src_pitch) {
-    for (int j = 0; j < width; ++j) {
-      for (int i = 0; i < width; ++i) dst[j * dst_pitch + i] = src[i * src_pitch + j];
-    }
-  }
+  static void transpose(F64 (&x)[width]) { transpose_lanes(x); }
 };
 
 }  // namespace sparseprop::avx512

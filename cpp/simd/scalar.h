@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "convert.h"
+#include "transpose.h"
 
 namespace sparseprop::scalar {
 
@@ -133,16 +134,8 @@ struct Vec {
   static void finish4(Vec folded, S* dots, bool accumulate) {
     for (int i = 0; i < n; ++i) dots[i] = accumulate ? dots[i] + folded.lane[i] : folded.lane[i];
   }
-  // dst[j * dst_pitch + i] = src[i * src_pitch + j] for a width x width block
-  template <class In, class Out>
-  static void transpose(Out* dst, ptrdiff_t dst_pitch, const In* src, ptrdiff_t src_pitch) {
-    for (int j = 0; j < width; ++j) {
-      for (int i = 0; i < width; ++i) {
-        const S value = To<S>::from(src[i * src_pitch + j]);
-        dst[j * dst_pitch + i] = To<Out>::from(value);
-      }
-    }
-  }
+  // Lane j of x[i] becomes lane i of x[j].
+  static void transpose(Vec (&x)[width]) { transpose_lanes(x); }
 };
 
 using F32 = Vec<float>;
