@@ -155,6 +155,18 @@ def test_forward_mode_is_refused_not_ignored():
             function_of(geometry, pattern)(dual, values.detach(), bias.detach())
 
 
+def test_transforms_of_functorch_are_refused_and_what_outlives_them_is_read(backend):
+    geometry = Geometry.linear(7, 5)
+    pattern, (x, values, bias) = operands(geometry, ())
+    apply = function_of(geometry, pattern)
+    for transform in (torch.func.vmap, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match=r"functorch|vmap|setup_context"):
+            transform(lambda x: apply(x, values, bias))(x)
+    left = []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(x.detach())
+    assert torch.equal(apply(left[0], values, bias), apply(x, values, bias))
+
+
 def test_lazily_negated_tensors_are_read_with_their_sign(backend):
     geometry, size = GEOMETRIES["linear"]
     pattern, (x, values, bias) = operands(geometry, size)

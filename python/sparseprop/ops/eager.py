@@ -13,6 +13,7 @@ from sparseprop.ops.call import Call
 from sparseprop.ops.layout import sum_channels
 from sparseprop.ops.operator import Operator
 from sparseprop.ops.owned import holders, is_own
+from sparseprop.ops.quick import quick_apply
 
 __all__ = ["contract", "contract_backward", "contract_shared"]
 
@@ -112,6 +113,6 @@ class Backward(Function):
         return d_grad, d_x, d_values, None, None, None
 
 
-contract = cast("Callable[[Tensor, Tensor, Tensor | None, Operator, Call], Tensor]", Forward.apply)
-contract_shared = cast("Callable[..., tuple[Tensor, Tensor]]", Shared.apply)
-contract_backward = cast("Callable[..., tuple[Tensor | None, Tensor | None]]", Backward.apply)
+contract = cast("Callable[[Tensor, Tensor, Tensor | None, Operator, Call], Tensor]", quick_apply(Forward))
+contract_shared = cast("Callable[..., tuple[Tensor, Tensor]]", quick_apply(Shared))
+contract_backward = cast("Callable[..., tuple[Tensor | None, Tensor | None]]", quick_apply(Backward))
