@@ -60,6 +60,15 @@ struct BackwardArgs {
   bool onto;        // add to what `grad_x` holds
 };
 
+// Rows of a panel from any column on, to where they begin at whole vectors. `columns` are whole lane groups.
+template <class S>
+struct ShiftArgs {
+  S* to;
+  ptrdiff_t to_pitch;
+  const S* from;
+  ptrdiff_t from_pitch, rows, columns;
+};
+
 // 16 x 16 weights: where there is one, and where each column's first lies in the order of columns.
 struct WeightTile {
   static constexpr int side = 16;

@@ -67,14 +67,17 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   const int64_t phases = static_cast<int64_t>(grid.phases.size()), inner = layer_.in_channels * phases;
   const bool by_rows = direction == Direction::backward && goes_by_rows(grid, element_size);
   const bool forward = direction == Direction::forward || by_rows;  // the pattern, else its transposed
-  const Problem problem = forward ? Problem{layer_.out_channels, inner, 1, phases, double(pattern_.nnz), kSegment, kHalfTileForward}
+  const Problem problem = forward ? Problem{layer_.out_channels, inner, 1, phases, double(pattern_.nnz), kSegment, kHalfTileForward, !by_rows}
                                   : Problem{inner, layer_.out_channels, phases, 1, double(pattern_.nnz),
-                                            grid.max_shift == 0 ? kSegmentBackward : kSegment, kHalfTileBackward};
+                                            grid.max_shift == 0 ? kSegmentBackward : kSegment, kHalfTileBackward, false};
   const Schedule schedule =
       by_rows ? make_row_schedule(grid, problem, element_size) : make_schedule(layer_, grid, problem, element_size);
+  const bool shifted = schedule.shifted.pitch > 0;
   std::vector<uint32_t> canonical;
-  Stream stream(forward ? forward_entries(layer_, pattern, grid) : backward_entries(layer_, pattern, grid), schedule.stream,
-                canonical);
+  Stream stream(!forward  ? backward_entries(layer_, pattern, grid)
+                : shifted ? forward_entries(layer_, pattern, schedule.shifted.taps, 1)
+                          : forward_entries(layer_, pattern, make_taps(layer_, grid), phases),
+                schedule.stream, canonical);
   Exchange exchange;
   if (!forward) exchange = Exchange(layer_, grid, pattern, stream, canonical, element_size);
   auto lowered = std::make_shared<const Lowered>(

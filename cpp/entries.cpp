@@ -27,9 +27,8 @@ void check_indices(const Layer& layer, const PatternRef& pattern) {
   }
 }
 
-Entries forward_entries(const Layer& layer, const PatternRef& pattern, const Grid& grid) {
-  const std::vector<Tap> taps = make_taps(layer, grid);
-  const int64_t n_taps = layer.taps(), phases = static_cast<int64_t>(grid.phases.size());
+Entries forward_entries(const Layer& layer, const PatternRef& pattern, const std::vector<Tap>& taps, int64_t phases) {
+  const int64_t n_taps = layer.taps();
   const int64_t group_in = layer.in_channels / layer.groups, group_out = layer.out_channels / layer.groups;
   Entries e;
   e.rows = layer.out_channels;
@@ -51,7 +50,7 @@ Entries forward_entries(const Layer& layer, const PatternRef& pattern, const Gri
 // The transposed pattern by a counting sort: rows are (input channel, phase), panel rows output channels. Grad_out
 // lies max_shift columns into its panel, so that the shift against the output becomes one to the right.
 Entries backward_entries(const Layer& layer, const PatternRef& pattern, const Grid& grid) {
-  const Entries f = forward_entries(layer, pattern, grid);
+  const Entries f = forward_entries(layer, pattern, make_taps(layer, grid), static_cast<int64_t>(grid.phases.size()));
   Entries e;
   e.rows = f.panel_rows;
   e.panel_rows = f.rows;

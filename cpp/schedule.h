@@ -4,6 +4,7 @@
 
 #include "lowering.h"
 #include "panel.h"
+#include "shifted.h"
 #include "stream.h"
 
 namespace sparseprop {
@@ -14,6 +15,7 @@ struct Schedule {
   int64_t chunks;
   int64_t panel_size;    // elements; 0 by rows, which have no panel of the whole input
   PanelShape panel;      // of a chunk with its halo
+  Shifted shifted;       // forward, of a block of the panel's channels for each tile
   StreamShape stream;
 };
 
@@ -25,6 +27,7 @@ struct Problem {
   double nnz;
   double segment;      // non-zeros per segment below which partial sums cost more than L1 saves
   double half_tile;    // density up to which tiles of half the width are faster where columns are batch entries
+  bool may_shift;      // shifted copies may be made
 
   double per_panel_row() const { return nnz / (double(rows) * double(panel_rows > 0 ? panel_rows : 1)); }  // and row
 };

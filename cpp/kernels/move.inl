@@ -167,6 +167,19 @@ struct Move {
   }
 };
 
+// Rows that are near, of whole vectors each, to aligned ones: no memory to wait for.
+template <class V>
+void shift_rows(const ShiftArgs<typename V::scalar>& a) {
+  constexpr ptrdiff_t w = V::width;
+  const typename V::scalar* from = a.from;
+  typename V::scalar* to = a.to;
+  for (ptrdiff_t r = 0; r < a.rows; ++r, from += a.from_pitch, to += a.to_pitch)
+    for (ptrdiff_t i = 0; i < a.columns; i += 2 * w) {
+      V::loadu(from + i).store(to + i);
+      if (i + w < a.columns) V::loadu(from + i + w).store(to + i + w);
+    }
+}
+
 template <class V>
 struct Sums {
   using S = typename V::scalar;

@@ -1,0 +1,30 @@
+#include "shifted.h"
+
+#include <algorithm>
+
+namespace sparseprop {
+
+Shifted::Shifted(const std::vector<Tap>& all, int64_t tile, int64_t vector) {
+  const auto alike = [=](const Copy& copy, const Tap& tap) { return copy.phase == tap.phase && (copy.from - tap.shift) % vector == 0; };
+  for (const Tap& tap : all) {
+    const auto found = std::find_if(copies.begin(), copies.end(), [&](const Copy& copy) { return alike(copy, tap); });
+    if (found == copies.end()) {
+      copies.push_back({tap.phase, tap.shift, 0, 0});
+    } else {
+      const int64_t first = std::min(found->from, tap.shift), last = std::max(found->from + found->beyond, tap.shift);
+      found->from = first;
+      found->beyond = last - first;
+    }
+  }
+  for (Copy& copy : copies) {
+    copy.to = pitch;
+    pitch += tile + copy.beyond;
+  }
+  if (pitch / vector % 2 == 0) pitch += vector;  // odd lines: rows spread over the cache's sets
+  for (const Tap& tap : all) {
+    const auto copy = std::find_if(copies.begin(), copies.end(), [&](const Copy& c) { return alike(c, tap); });
+    taps.push_back({0, copy->to + tap.shift - copy->from});
+  }
+}
+
+}  // namespace sparseprop
