@@ -6,15 +6,24 @@ import torch
 
 from measure import SPARSE_TYPE, dense_steps, largest_error, record, sparse_layer, timed
 from rows import Row
-from shapes import FLAGSHIP, ConvShape, LinearShape
+from shapes import SMALL_BATCH, ConvShape, linear_shapes
 from sparseprop.masks import nm_mask
 from sparseprop.timing import module_step
 
-SHORT = (FLAGSHIP, ConvShape(256, 256, 3, 14, 1, 16))
+
+def whole_groups(shapes, group):
+    """Linear shapes whose rows are whole groups of so many, on batches that are not small."""
+    return tuple(s for s in shapes if s.in_features % group == 0 and s.batch >= SMALL_BATCH)
+
+
+SHORT = (*whole_groups(linear_shapes("short"), 8), ConvShape(256, 256, 3, 14, 1, 16))
 SHAPES = {
-    "tiny": (LinearShape(16, 24, 8),),
+    "tiny": linear_shapes("tiny"),
     "short": SHORT,
-    "full": (*SHORT, LinearShape(3072, 768, 1024), ConvShape(512, 128, 1, 28, 1, 16)),
+    "full": (
+        *whole_groups(linear_shapes("full"), 32),
+        *(ConvShape(256, 256, 3, 14, 1, 16), ConvShape(512, 128, 1, 28, 1, 16)),
+    ),
 }
 PATTERNS = {
     "tiny": ("1:8",),

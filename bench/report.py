@@ -10,7 +10,7 @@ from typing import Any
 from plots import draw_all
 from rows import Results, Row, load
 from sparseprop import SparsePropError
-from summary import AIMS, choices, crossovers, slower_than_dense, speedups
+from summary import AIMS, choices, crossovers, geometric_mean, slower_than_dense, speedups
 
 INTRO = (
     "Forward and backward of one layer with bias and input gradient, float32, medians. Dense is the faster "
@@ -115,6 +115,21 @@ def candidates(rows: Sequence[Row], what: str, last: str = "") -> str:
     return table(head, body)
 
 
+def nm_lines(rows: Sequence[Row]) -> str:
+    """N:M beside dense and random patterns of equal density, and geometric means by pattern."""
+    head = ["layer", "dense, ms", "unstructured, ms", "N:M, ms", "N:M over dense", "over unstructured"]
+    body, gains = [], dict[str, list[tuple[float, float]]]()
+    for row in rows:
+        dense, random, ours = (row.ms[name] for name in ("dense", "unstructured", "N:M"))
+        gain = dense / ours, random / ours
+        body.append([row.shape, *(f"{ms:.3g}" for ms in (dense, random, ours)), *map(times, gain)])
+        gains.setdefault(f"{row.group}, {row.pattern}", []).append(gain)
+    for name, all_gains in gains.items():
+        mean = (times(geometric_mean(each)) for each in zip(*all_gains, strict=True))
+        body.append([f"{name} ({len(all_gains)} shapes)", "", "", "", *mean])
+    return table(head, body)
+
+
 def contractions(rows: Iterable[Row]) -> str:
     """Each contraction as a share of its limit."""
     body = [
@@ -170,7 +185,7 @@ def render(results: Results, images: Iterable[str]) -> str:
     sections = [
         ("Contractions alone", "contraction", contractions),
         ("Uneven patterns", "pattern", patterns),
-        ("N:M", "nm", lambda rows: candidates(rows, "layer", "N:M over dense")),
+        ("N:M", "nm", nm_lines),
         ("Threads", "threads", lambda rows: candidates(rows, "layer", "most over one")),
         ("Instruction sets", "isa", lambda rows: candidates(rows, "layer", "best over first")),
         (
