@@ -21,6 +21,7 @@ class BackwardRun {
       : call_(call), x_(x), grad_out_(grad_out), grads_(grads), values_(values_t), dots_(dots), bias_sums_(bias_sums),
         splits_(splits) {
     panel_at_ = pieces_.add<S>(plan_.panel_size);
+    slab_at_ = pieces_.add<S>(call.slab_size());
     const int64_t tile = low_.stream.max_part_rows() * plan_.chunk;
     x_at_ = pieces_.add<S>(grads.values ? tile : 0);
     grad_x_at_ = pieces_.add<S>(grads.in.data ? tile : 0);
@@ -81,15 +82,18 @@ class BackwardRun {
     for (int64_t j = 0; j < width; j += plan_.tile) {
       const int64_t vectors = call_.lane_groups(std::min(plan_.tile, width - j));
       for (int64_t b = 0; b < stream.blocks(); ++b) {
-        const S* slab = panel + plan_.panel.at(j) + stream.panel_row(b) * plan_.panel.row_pitch;
+        const BlockStream block = stream.block(p, b);
+        if (block.n_runs == 0) continue;
+        const S* slab =
+            call_.block(b, panel, j, vectors * lanes<S>(), call_.layer.out_channels, 1, at<S>(scratch, slab_at_));
         const unsigned unit_log2 = plan_.stream.unit_log2;
         if (x == nullptr) {
           call_.kernels().forward[vectors - 1](
-              {stream.block(p, b), values_, nullptr, slab, unit_log2, grad_x + j, plan_.chunk, false, onto});
+              {block, values_, nullptr, slab, unit_log2, grad_x + j, plan_.chunk, false, onto});
           continue;
         }
         call_.kernels().backward[vectors - 1](
-            {stream.block(p, b), values_, slab, unit_log2, x + j, grad_x ? grad_x + j : nullptr, plan_.chunk,
+            {block, values_, slab, unit_log2, x + j, grad_x ? grad_x + j : nullptr, plan_.chunk,
              dots_ + split * stream.nnz() + stream.nonzeros(p, b).begin, !fresh || j > 0, onto});
       }
     }
@@ -140,7 +144,7 @@ class BackwardRun {
   const Schedule& plan_ = low_.schedule;
   const Grid& grid_ = low_.grid;
   Pieces pieces_;
-  size_t panel_at_, x_at_, grad_x_at_;
+  size_t panel_at_, slab_at_, x_at_, grad_x_at_;
 };
 
 }  // namespace

@@ -78,7 +78,7 @@ struct WeightTile {
 
 // A band of tiles, `columns` times `rows` one below the other, and where its rows begin in the order of rows.
 struct WeightTiles {
-  static constexpr int most = 4;
+  static constexpr int most_rows = 4;
   const WeightTile* tiles;
   ptrdiff_t columns, rows;
   const uint32_t* row_start;  // of `rows` times 16 rows

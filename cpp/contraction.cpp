@@ -67,16 +67,18 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   const int64_t phases = static_cast<int64_t>(grid.phases.size()), inner = layer_.in_channels * phases;
   const bool by_rows = direction == Direction::backward && goes_by_rows(grid, element_size);
   const bool forward = direction == Direction::forward || by_rows;  // the pattern, else its transposed
-  const Problem problem = forward ? Problem{layer_.out_channels, inner, 1, phases, double(pattern_.nnz), kSegment, kHalfTileForward, !by_rows}
-                                  : Problem{inner, layer_.out_channels, phases, 1, double(pattern_.nnz),
-                                            grid.max_shift == 0 ? kSegmentBackward : kSegment, kHalfTileBackward, false};
+  const double nnz = double(pattern_.nnz);
+  const Problem problem =
+      forward ? Problem{layer_.out_channels, inner, 1, phases, nnz, kSegment, kHalfTileForward, true}
+              : Problem{inner, layer_.out_channels, phases, 1, nnz, grid.max_shift == 0 ? kSegmentBackward : kSegment,
+                        kHalfTileBackward, false};
+  const std::vector<Tap> taps = forward ? make_taps(layer_, grid) : mirrored_taps(layer_, grid);
   const Schedule schedule =
-      by_rows ? make_row_schedule(grid, problem, element_size) : make_schedule(layer_, grid, problem, element_size);
+      by_rows ? make_row_schedule(grid, problem, element_size) : make_schedule(layer_, grid, taps, problem, element_size);
   const bool shifted = schedule.shifted.pitch > 0;
+  const std::vector<Tap>& at = shifted ? schedule.shifted.taps : taps;
   std::vector<uint32_t> canonical;
-  Stream stream(!forward  ? backward_entries(layer_, pattern, grid)
-                : shifted ? forward_entries(layer_, pattern, schedule.shifted.taps, 1)
-                          : forward_entries(layer_, pattern, make_taps(layer_, grid), phases),
+  Stream stream(forward ? forward_entries(layer_, pattern, at, shifted ? 1 : phases) : backward_entries(layer_, pattern, grid, at),
                 schedule.stream, canonical);
   Exchange exchange;
   if (!forward) exchange = Exchange(layer_, grid, pattern, stream, canonical, element_size);

@@ -47,9 +47,8 @@ Entries forward_entries(const Layer& layer, const PatternRef& pattern, const std
   return e;
 }
 
-// The transposed pattern by a counting sort: rows are (input channel, phase), panel rows output channels. Grad_out
-// lies max_shift columns into its panel, so that the shift against the output becomes one to the right.
-Entries backward_entries(const Layer& layer, const PatternRef& pattern, const Grid& grid) {
+// The transposed pattern by a counting sort: rows are (input channel, phase), panel rows output channels.
+Entries backward_entries(const Layer& layer, const PatternRef& pattern, const Grid& grid, const std::vector<Tap>& taps) {
   const Entries f = forward_entries(layer, pattern, make_taps(layer, grid), static_cast<int64_t>(grid.phases.size()));
   Entries e;
   e.rows = f.panel_rows;
@@ -65,7 +64,7 @@ Entries backward_entries(const Layer& layer, const PatternRef& pattern, const Gr
     for (int64_t k = f.row_start[r]; k < f.row_start[r + 1]; ++k) {
       const int64_t to = next[f.panel_row[k]]++;
       e.panel_row[to] = static_cast<uint32_t>(r);
-      e.shift[to] = static_cast<uint32_t>(grid.max_shift - f.shift[k]);
+      e.shift[to] = static_cast<uint32_t>(taps[pattern.col_idx[k] % layer.taps()].shift);
       e.value[to] = static_cast<uint32_t>(k);
     }
   }

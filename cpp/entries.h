@@ -14,6 +14,7 @@ struct PatternRef {
 // Throws std::invalid_argument for indices that no pattern has.
 void check_indices(const Layer& layer, const PatternRef& pattern);
 Entries forward_entries(const Layer& layer, const PatternRef& pattern, const std::vector<Tap>& taps, int64_t phases);
-Entries backward_entries(const Layer& layer, const PatternRef& pattern, const Grid& grid);
+// `taps`: where each finds the columns of grad_out.
+Entries backward_entries(const Layer& layer, const PatternRef& pattern, const Grid& grid, const std::vector<Tap>& taps);
 
 }  // namespace sparseprop

@@ -45,7 +45,7 @@ class ForwardRun {
   ForwardRun(const Call<S, A>& call, TensorRef x, const S* values, const S* bias, TensorRef out, const Finish* finish)
       : call_(call), x_(x), out_(out), values_(values), bias_(bias) {
     panel_at_ = pieces_.add<S>(plan_.panel_size);
-    slab_at_ = pieces_.add<S>(plan_.stream.block_rows * plan_.shifted.pitch);
+    slab_at_ = pieces_.add<S>(call.slab_size());
     tile_at_ = pieces_.add<S>(stream_.max_part_rows() * plan_.chunk);
     residual_at_ = pieces_.add<S>(finish && finish->residual.data ? stream_.max_part_rows() * plan_.chunk : 0);
     if (finish) finisher_.emplace(*finish);
@@ -72,14 +72,15 @@ class ForwardRun {
     const S* panel = at<S>(scratch, panel_at_);
     S* tile = at<S>(scratch, tile_at_);
     const Stream::Part part = stream_.parts()[piece.part];
-    const bool shifted = plan_.shifted.pitch > 0;
-    const bool cold = shifted || plan_.chunks <= kColdChunks;  // few channels a block: a row's values lie far apart
+    const int64_t phases = static_cast<int64_t>(grid_.phases.size());
+    const bool cold = plan_.shifted.pitch > 0 || plan_.chunks <= kColdChunks;  // few channels a block: a row's values lie far apart
     for (int64_t j = 0; j < width; j += plan_.tile) {
       const int64_t vectors = call_.lane_groups(std::min(plan_.tile, width - j));
       for (int64_t b = 0; b < stream_.blocks(); ++b) {
-        const S* slab = shifted ? shift(b, panel + j, vectors * lanes<S>(), at<S>(scratch, slab_at_))
-                                : panel + plan_.panel.at(j) + stream_.panel_row(b) * plan_.panel.row_pitch;
-        call_.kernels().forward[vectors - 1]({stream_.block(piece.part, b), values_, bias_ ? bias_ + part.row : nullptr, slab,
+        const BlockStream stream = stream_.block(piece.part, b);
+        if (stream.n_runs == 0) continue;
+        const S* block = call_.block(b, panel, j, vectors * lanes<S>(), call_.layer.in_channels, phases, at<S>(scratch, slab_at_));
+        call_.kernels().forward[vectors - 1]({stream, values_, bias_ ? bias_ + part.row : nullptr, block,
                                               plan_.stream.unit_log2, tile + j, plan_.chunk, cold, false});
       }
     }
@@ -91,17 +92,6 @@ class ForwardRun {
   }
 
  private:
-  // The copies of a block's channels for one tile.
-  const S* shift(int64_t block, const S* tile, int64_t columns, S* slab) const {
-    const int64_t phases = static_cast<int64_t>(grid_.phases.size()), pitch = plan_.panel.row_pitch;
-    const int64_t first = stream_.panel_row(block), last = std::min(stream_.panel_row(block + 1), call_.layer.in_channels);
-    for (const Shifted::Copy& copy : plan_.shifted.copies) {
-      call_.kernels().shift({slab + copy.to, plan_.shifted.pitch, tile + (first * phases + copy.phase) * pitch + copy.from,
-                             pitch * phases, last - first, columns + copy.beyond});
-    }
-    return slab;
-  }
-
   const Call<S, A>& call_;
   const TensorRef x_, out_;
   const S *values_, *bias_;

@@ -81,6 +81,12 @@ std::vector<Tap> make_taps(const Layer& layer, const Grid& grid) {
   return taps;
 }
 
+std::vector<Tap> mirrored_taps(const Layer& layer, const Grid& grid) {
+  std::vector<Tap> taps = make_taps(layer, grid);
+  for (Tap& tap : taps) tap = {0, grid.max_shift - tap.shift};
+  return taps;
+}
+
 Placement place_input(const Layer& layer, const Sizes& sizes, const Grid& grid, const Strides& strides,
                       const Triple& phase) {
   Placement p;

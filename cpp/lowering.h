@@ -65,6 +65,8 @@ struct Tap {
 
 Grid make_grid(const Layer& layer, const Sizes& sizes, int64_t lanes);
 std::vector<Tap> make_taps(const Layer& layer, const Grid& grid);
+// Where a tap finds grad_out, which lies max_shift columns into its panel: a shift against the output becomes one to the right.
+std::vector<Tap> mirrored_taps(const Layer& layer, const Grid& grid);
 Placement place_input(const Layer& layer, const Sizes& sizes, const Grid& grid, const Strides& strides, const Triple& phase);
 Placement place_output(const Sizes& sizes, const Grid& grid, const Strides& strides);
 

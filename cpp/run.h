@@ -84,6 +84,20 @@ struct Call {
     const double part = double(low.stream.nnz()) / double(low.stream.parts().size());
     return 1 + static_cast<int64_t>(std::min(packing / std::max(part, 1.0), 1e6));
   }
+  // A block as the kernels read it: the shifted copies, made in `slab`, of its channels of `rows` panel rows each, if there are
+  // any, else the panel itself, from column `j` on. `channels` is the number of all.
+  const S* block(int64_t b, const S* panel, int64_t j, int64_t columns, int64_t channels, int64_t rows, S* slab) const {
+    const Schedule& plan = low.schedule;
+    const int64_t pitch = plan.panel.row_pitch, first = low.stream.panel_row(b);
+    if (plan.shifted.pitch == 0) return panel + plan.panel.at(j) + first * pitch;
+    const int64_t count = std::min(low.stream.panel_row(b + 1), channels) - first;
+    for (const Shifted::Copy& copy : plan.shifted.copies) {
+      const S* from = panel + j + (first * rows + copy.phase) * pitch + copy.from;
+      kernels().shift({slab + copy.to, plan.shifted.pitch, from, pitch * rows, count, columns + copy.beyond});
+    }
+    return slab;
+  }
+  int64_t slab_size() const { return low.schedule.stream.block_rows * low.schedule.shifted.pitch; }
   // Padded to whole vectors, so that kernels never see what an earlier call left.
   static Columns padded(Columns columns) {
     return {columns.begin, columns.begin + ceil_div(columns.end - columns.begin, lanes<S>()) * lanes<S>()};

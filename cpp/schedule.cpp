@@ -40,6 +40,14 @@ int64_t tile_of(int64_t columns, int64_t lanes, int64_t groups) {
   return tile;
 }
 
+// Columns of a chunk that 16-bit offsets reach in the first and the last of the panel rows that belong together.
+int64_t reachable_columns(const Grid& grid, int64_t step, int64_t lanes) {
+  const int64_t last = ((kOffsets - 1) << log2_of(grid.lanes)) - grid.max_shift;
+  if (last < 0) return 0;
+  if (step == 1 || grid.max_shift == 0) return std::max(grid.columns + lanes * kMaxTile, lanes * kMaxTile);
+  return last / (step - 1) - grid.max_shift - 2 * lanes;  // pitches are rounded up to odd vectors
+}
+
 void choose_panel(Schedule& s, const Grid& grid, int64_t rows, int64_t lanes) {
   if (grid.max_shift == 0) {
     s.panel = {s.tile, s.tile, rows * s.tile};
@@ -57,15 +65,16 @@ void choose_parts(Schedule& s, int64_t rows, int64_t fit) {
   s.stream.min_parts = std::clamp<int64_t>(kPieces / std::max<int64_t>(1, s.chunks), 1, std::max<int64_t>(1, rows / 32));
 }
 
-// Shifted copies, where enough products read them. Every part makes its own, so that there are fewer.
-void choose_shifted(Schedule& s, const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size) {
-  Shifted shifted(make_taps(layer, grid), s.tile, 64 / element_size);
+// Shifted copies, where enough products read them, or offsets into the panel itself could be too long. Every part makes its
+// own, so that there are fewer.
+void choose_shifted(Schedule& s, const std::vector<Tap>& taps, const Problem& problem, int64_t element_size, bool must) {
+  Shifted shifted(taps, s.tile, 64 / element_size);
   Schedule with = s;
   choose_parts(with, problem.rows, kL2 / (s.chunk * element_size));
   const StreamShape& stream = with.stream;
   const int64_t parts = std::max(stream.min_parts, (problem.rows + stream.part_rows - 1) / stream.part_rows);
-  const double products = problem.nnz / double(layer.in_channels * parts) * double(s.tile);
-  if (products < kProductsPerCopy * double(shifted.pitch)) return;
+  const double products = problem.nnz / double(problem.channels() * parts) * double(s.tile);
+  if (!must && products < kProductsPerCopy * double(shifted.pitch)) return;
   s = std::move(with);
   s.shifted = std::move(shifted);
 }
@@ -84,7 +93,7 @@ void choose_blocks(StreamShape& stream, const Reduced& r, const Problem& problem
   int64_t block = std::max(l1_rows, std::min(l2_rows, int64_t(std::min(wanted, 1e9))));
   if (wanted > 4.0 * l2_rows) block = r.rows;
   // Offsets in single elements save the kernels a shift; tiles of a very sparse layer reach further in whole rows.
-  stream.unit_log2 = r.shift == 0 && block * r.pitch < kOffsets ? 0 : r.unit_log2;
+  stream.unit_log2 = r.shift == 0 && std::max(block, r.step) * r.pitch < kOffsets ? 0 : r.unit_log2;
   stream.row_pitch = r.pitch;
   const int64_t reach = (((kOffsets - 1) << stream.unit_log2) - r.shift) / r.pitch;
   block = std::min(block, std::min(reach, r.rows));
@@ -134,8 +143,8 @@ Schedule make_row_schedule(const Grid& grid, const Problem& problem, int64_t ele
   return s;
 }
 
-Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size) {
-  Schedule s;
+Schedule make_schedule(const Layer& layer, const Grid& grid, const std::vector<Tap>& taps, const Problem& problem, int64_t element_size) {
+  Schedule s{};
   const bool half = grid.columns == grid.batch && problem.per_panel_row() <= problem.half_tile;
   const int64_t lanes = 64 / element_size, full = lanes * kMaxTile / (half ? 2 : 1);
   s.tile = tile_of(grid.columns, lanes, full / lanes);
@@ -145,15 +154,18 @@ Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& prob
   int64_t fit = std::max(kL2 / row_bytes - shift, shift);
   s.chunk = std::clamp(fit / s.tile * s.tile, s.tile, share);
   if (shift == 0) s.chunk = std::min(s.chunk, 8 * s.tile);
+  const int64_t reachable = reachable_columns(grid, problem.panel_step, lanes);
+  const bool too_long = reachable < s.tile;
+  if (!too_long) s.chunk = std::min(s.chunk, reachable / s.tile * s.tile);
   s.chunks = (grid.columns + s.chunk - 1) / s.chunk;
   choose_panel(s, grid, problem.panel_rows, lanes);
   s.stream.row_step = problem.row_step;
   choose_parts(s, problem.rows, kL2 / 2 / (s.chunk * element_size));
-  if (problem.may_shift && shift > 0 && grid.lanes == 1) choose_shifted(s, layer, grid, problem, element_size);
+  if (too_long || (problem.shifting && shift > 0 && grid.lanes == 1)) choose_shifted(s, taps, problem, element_size, too_long);
   const int64_t pitch = s.panel.row_pitch, copies = s.shifted.pitch;
   const unsigned unit_log2 = log2_of(shift == 0 ? s.tile : copies ? lanes : grid.lanes);
   if (copies > 0) {
-    choose_blocks(s.stream, {layer.in_channels, 1, copies, copies * element_size, kL1Copies, 0, unit_log2}, problem);
+    choose_blocks(s.stream, {problem.channels(), 1, copies, copies * element_size, kL1Copies, 0, unit_log2}, problem);
   } else {
     const int64_t bytes = tile_span(layer, grid, s.tile) * element_size;
     choose_blocks(s.stream, {problem.panel_rows, problem.panel_step, pitch, bytes, kL1, shift, unit_log2}, problem);

@@ -15,7 +15,7 @@ struct Schedule {
   int64_t chunks;
   int64_t panel_size;    // elements; 0 by rows, which have no panel of the whole input
   PanelShape panel;      // of a chunk with its halo
-  Shifted shifted;       // forward, of a block of the panel's channels for each tile
+  Shifted shifted;       // of a block of the panel's channels for each tile
   StreamShape stream;
 };
 
@@ -27,15 +27,17 @@ struct Problem {
   double nnz;
   double segment;      // non-zeros per segment below which partial sums cost more than L1 saves
   double half_tile;    // density up to which tiles of half the width are faster where columns are batch entries
-  bool may_shift;      // shifted copies may be made
+  bool shifting;       // shifted copies may pay
 
+  int64_t channels() const { return panel_rows / panel_step; }  // reduced over
   double per_panel_row() const { return nnz / (double(rows) * double(panel_rows > 0 ? panel_rows : 1)); }  // and row
 };
 
 // Whether a backward pass walks the pattern by output rows: one tile of columns, each non-zero on columns of its own.
 bool goes_by_rows(const Grid& grid, int64_t element_size);
 Schedule make_row_schedule(const Grid& grid, const Problem& problem, int64_t element_size);
-Schedule make_schedule(const Layer& layer, const Grid& grid, const Problem& problem, int64_t element_size);
+// `taps`: where each finds its columns in a panel.
+Schedule make_schedule(const Layer& layer, const Grid& grid, const std::vector<Tap>& taps, const Problem& problem, int64_t element_size);
 int64_t choose_lanes(const Sizes& sizes, int64_t element_size, bool batch_last);
 
 }  // namespace sparseprop

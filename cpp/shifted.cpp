@@ -5,9 +5,13 @@
 namespace sparseprop {
 
 Shifted::Shifted(const std::vector<Tap>& all, int64_t tile, int64_t vector) {
-  const auto alike = [=](const Copy& copy, const Tap& tap) { return copy.phase == tap.phase && (copy.from - tap.shift) % vector == 0; };
+  // Whether a copy has what a tap reads, or would if it were as much as `more` longer on either side.
+  const auto near = [=](const Copy& copy, const Tap& tap, int64_t more) {
+    return copy.phase == tap.phase && (copy.from - tap.shift) % vector == 0 && tap.shift >= copy.from - more &&
+           tap.shift <= copy.from + copy.beyond + more;
+  };
   for (const Tap& tap : all) {
-    const auto found = std::find_if(copies.begin(), copies.end(), [&](const Copy& copy) { return alike(copy, tap); });
+    const auto found = std::find_if(copies.begin(), copies.end(), [&](const Copy& copy) { return near(copy, tap, tile); });
     if (found == copies.end()) {
       copies.push_back({tap.phase, tap.shift, 0, 0});
     } else {
@@ -22,7 +26,7 @@ Shifted::Shifted(const std::vector<Tap>& all, int64_t tile, int64_t vector) {
   }
   if (pitch / vector % 2 == 0) pitch += vector;  // odd lines: rows spread over the cache's sets
   for (const Tap& tap : all) {
-    const auto copy = std::find_if(copies.begin(), copies.end(), [&](const Copy& c) { return alike(c, tap); });
+    const auto copy = std::find_if(copies.begin(), copies.end(), [&](const Copy& c) { return near(c, tap, 0); });
     taps.push_back({0, copy->to + tap.shift - copy->from});
   }
 }

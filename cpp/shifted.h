@@ -8,7 +8,7 @@
 
 namespace sparseprop {
 
-// Of one tile and one channel, whose panel rows are its phases. Taps whose shifts differ by whole vectors share a copy.
+// Of one tile and one channel, whose panel rows are its phases. Taps whose shifts differ by few whole vectors share a copy.
 struct Shifted {
   struct Copy {
     int64_t phase, from;  // panel row of the channel, and the column behind the tile's first that the copy begins with

@@ -24,7 +24,7 @@ struct Entries {
 struct StreamShape {
   int64_t part_rows;     // aimed at, per part
   int64_t row_step;      // parts start at multiples of this
-  int64_t block_rows;    // panel rows per block
+  int64_t block_rows;    // panel rows per block, or channels where their shifted copies are read
   int64_t row_pitch;     // columns between panel rows
   unsigned unit_log2;    // offsets are stored >> unit_log2
   int64_t min_parts;
@@ -43,6 +43,7 @@ class Stream {
   int64_t blocks() const { return n_blocks_; }
   int64_t max_part_rows() const { return max_part_rows_; }
   int64_t nnz() const { return nnz_; }
+  // The first row of a block, in what its shape counts.
   int64_t panel_row(int64_t block) const { return block * block_rows_; }
   BlockStream block(int64_t part, int64_t block) const;
   Range nonzeros(int64_t part, int64_t block) const {

@@ -7,7 +7,7 @@
 namespace sparseprop {
 namespace {
 
-constexpr int64_t kSide = WeightTile::side, kBand = WeightTiles::most * kSide;
+constexpr int64_t kSide = WeightTile::side, kBand = WeightTiles::most_rows * kSide;
 // Bound by memory, of which bits take 1 byte a non-zero at 50 % density and positions 4: a backward pass 4 to 20 % faster
 // there, even at 35 %, 5 % slower at 25 %, with vectors of 8 as well.
 constexpr double kDensity = 0.35;

@@ -12,7 +12,7 @@ from torch import nn
 
 from checks import LAYOUTS, assert_right
 from sparseprop import SparsityPattern
-from sparseprop.nn import SparseConv2d, SparseLinear
+from sparseprop.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLinear
 
 
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"plain"}))
@@ -61,6 +61,34 @@ def test_rows_longer_than_16_bit_offsets_hold(backend, in_features):
     assert_right(
         layer, torch.randn(3, in_features, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
     )
+
+
+# taps, or phases of a stride, further apart than 16 bits count: class, arguments, options, input shape
+FAR = {
+    "phases": (SparseConv2d, (1, 16, 3), {"stride": 2, "padding": 1}, (8, 1, 320, 320)),
+    "planes": (SparseConv3d, (1, 2, 3), {"padding": 1}, (1, 1, 3, 260, 260)),
+    "planes of two phases": (
+        SparseConv3d,
+        (1, 2, 3),
+        {"padding": 1, "stride": (2, 2, 1)},
+        (1, 1, 4, 370, 260),
+    ),
+    "many taps": (SparseConv3d, (2, 64, 7), {}, (1, 2, 8, 14, 14)),
+    "dilation": (SparseConv1d, (3, 4, 3), {"dilation": 40_000}, (1, 3, 80_100)),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_taps_further_apart_than_16_bits_hold(backend, name, density):
+    layer, arguments, options, shape = FAR[name]
+    assert_right(layer.random(*arguments, density=density, **options), torch.randn(shape))
+
+
+def test_images_side_by_side_with_taps_further_apart_than_16_bits_hold(backend):
+    x = torch.randn(13, 1, 2, 260, 260)
+    layer = SparseConv3d.random(1, 1, 3, density=0.5, padding=1)
+    assert_right(layer, LAYOUTS["batch_last"](x))
 
 
 def test_flat_indices_beyond_32_bits_hold(backend):

@@ -5,7 +5,7 @@
 
 #include "bits.h"
 #include "convert.h"
-#include "transpose.h"
+#include "transpose_lanes.h"
 
 namespace sparseprop::avx2 {
 

@@ -4,7 +4,7 @@
 #include <immintrin.h>
 
 #include "../kernels.h"
-#include "transpose.h"
+#include "transpose_lanes.h"
 
 namespace sparseprop::avx512 {
 

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "convert.h"
-#include "transpose.h"
+#include "transpose_lanes.h"
 
 namespace sparseprop::scalar {
 

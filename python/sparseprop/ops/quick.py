@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 __all__ = ["quick_apply"]
 
 
 def quick_apply(function: type[Function]) -> Callable[..., Any]:
-    """`function.apply`, 7 us faster (45 with cold caches): every argument is looked at for functorch there.
+    """`function.apply`, a few us faster (45 with cold caches): torch's loops over the arguments in Python.
 
     >>> class Double(Function):
     ...     forward = staticmethod(lambda ctx, x: 2 * x)
@@ -21,13 +22,11 @@ def quick_apply(function: type[Function]) -> Callable[..., Any]:
     """
     quick = super(Function, function).apply  # type: ignore[misc]
     transforms = torch._C._are_functorch_transforms_active
+    unwrap = torch._C._functorch.unwrap_if_dead  # of a transform that has ended
 
     def apply(*arguments: Any) -> Any:
-        if not transforms():
-            try:
-                return quick(*arguments)
-            except RuntimeError:  # a tensor that outlived a transform has no memory until it is unwrapped
-                pass
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        if transforms():
+            return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return quick(*[unwrap(each) if isinstance(each, Tensor) else each for each in arguments])
 
     return apply
