@@ -36,6 +36,30 @@ ptrdiff_t vector_of(DType dtype, const Kernels& table) { return dtype == DType::
 
 bool batch_last(const Strides& strides, int64_t batch) { return batch > 1 && strides[0] == 1; }
 
+Lowered lowered_pattern(const Layer& layer, const PatternRef& pattern, Direction direction, const Sizes& sizes,
+                        int64_t element_size, int64_t lanes) {
+  const Grid grid = make_grid(layer, sizes, lanes);
+  const int64_t phases = static_cast<int64_t>(grid.phases.size()), inner = layer.in_channels * phases;
+  const bool by_rows = direction == Direction::backward && goes_by_rows(grid, element_size);
+  const bool forward = direction == Direction::forward || by_rows;  // the pattern, else its transposed
+  const double nnz = double(pattern.nnz);
+  const Problem problem =
+      forward ? Problem{layer.out_channels, inner, 1, phases, nnz, kSegment, kHalfTileForward, true}
+              : Problem{inner, layer.out_channels, phases, 1, nnz, grid.max_shift == 0 ? kSegmentBackward : kSegment,
+                        kHalfTileBackward, false};
+  const std::vector<Tap> taps = forward ? make_taps(layer, grid) : mirrored_taps(layer, grid);
+  const Schedule schedule =
+      by_rows ? make_row_schedule(grid, problem, element_size) : make_schedule(layer, grid, taps, problem, element_size);
+  const bool shifted = schedule.shifted.pitch > 0;
+  const std::vector<Tap>& at = shifted ? schedule.shifted.taps : taps;
+  std::vector<uint32_t> canonical;
+  Stream stream(forward ? forward_entries(layer, pattern, at, shifted ? 1 : phases) : backward_entries(layer, pattern, grid, at),
+                schedule.stream, canonical);
+  Exchange exchange;
+  if (!forward) exchange = Exchange(layer, grid, pattern, stream, canonical, element_size);
+  return {direction, element_size, sizes, grid, schedule, by_rows, std::move(stream), std::move(exchange)};
+}
+
 }  // namespace
 
 Contraction::Contraction(const Layer& layer, const int64_t* row_ptr, const int32_t* col_idx, int64_t nnz)
@@ -63,27 +87,7 @@ std::shared_ptr<const Lowered> Contraction::lower(Direction direction, const Siz
   const Csr unpacked = packed_ ? unpack_nm(layer_, *packed_) : Csr{};
   const PatternRef pattern = packed_ ? unpacked.ref() : pattern_;
   check_indices(layer_, pattern);  // the borrowed arrays may have changed since
-  const Grid grid = make_grid(layer_, sizes, lanes);
-  const int64_t phases = static_cast<int64_t>(grid.phases.size()), inner = layer_.in_channels * phases;
-  const bool by_rows = direction == Direction::backward && goes_by_rows(grid, element_size);
-  const bool forward = direction == Direction::forward || by_rows;  // the pattern, else its transposed
-  const double nnz = double(pattern_.nnz);
-  const Problem problem =
-      forward ? Problem{layer_.out_channels, inner, 1, phases, nnz, kSegment, kHalfTileForward, true}
-              : Problem{inner, layer_.out_channels, phases, 1, nnz, grid.max_shift == 0 ? kSegmentBackward : kSegment,
-                        kHalfTileBackward, false};
-  const std::vector<Tap> taps = forward ? make_taps(layer_, grid) : mirrored_taps(layer_, grid);
-  const Schedule schedule =
-      by_rows ? make_row_schedule(grid, problem, element_size) : make_schedule(layer_, grid, taps, problem, element_size);
-  const bool shifted = schedule.shifted.pitch > 0;
-  const std::vector<Tap>& at = shifted ? schedule.shifted.taps : taps;
-  std::vector<uint32_t> canonical;
-  Stream stream(forward ? forward_entries(layer_, pattern, at, shifted ? 1 : phases) : backward_entries(layer_, pattern, grid, at),
-                schedule.stream, canonical);
-  Exchange exchange;
-  if (!forward) exchange = Exchange(layer_, grid, pattern, stream, canonical, element_size);
-  auto lowered = std::make_shared<const Lowered>(
-      Lowered{direction, element_size, sizes, grid, schedule, by_rows, std::move(stream), std::move(exchange)});
+  auto lowered = std::make_shared<const Lowered>(lowered_pattern(layer_, pattern, direction, sizes, element_size, lanes));
   if (cache_.size() >= kCached) cache_.erase(cache_.begin());
   cache_.push_back(lowered);
   return lowered;

@@ -71,7 +71,7 @@ void Stream::add_part(const Entries& entries, const StreamShape& shape, const Pa
       segment_value_.push_back(static_cast<uint32_t>(entries.value.empty() ? s.start : offset_.size()));
       for (int64_t k = s.start; k < s.start + s.count; ++k) {
         const int64_t at = (entries.panel_row[k] - low) * shape.row_pitch + entries.shift[k];
-        if (at >> shape.unit_log2 > UINT16_MAX) throw std::length_error("a kernel reaches too far for 16-bit offsets.");
+        if (at >> shape.unit_log2 > UINT16_MAX) throw std::length_error("this convolution has too many taps for the sparse kernels; keep the layer dense.");
         offset_.push_back(static_cast<uint16_t>(at >> shape.unit_log2));
         if (!entries.value.empty()) canonical.push_back(entries.value[k]);
       }
