@@ -44,7 +44,7 @@ int64_t tile_of(int64_t columns, int64_t lanes, int64_t groups) {
 int64_t reachable_columns(const Grid& grid, int64_t step, int64_t lanes) {
   const int64_t last = ((kOffsets - 1) << log2_of(grid.lanes)) - grid.max_shift;
   if (last < 0) return 0;
-  if (step == 1 || grid.max_shift == 0) return std::max(grid.columns + lanes * kMaxTile, lanes * kMaxTile);
+  if (step == 1 || grid.max_shift == 0) return INT64_MAX;
   return last / (step - 1) - grid.max_shift - 2 * lanes;  // pitches are rounded up to odd vectors
 }
 

@@ -16,12 +16,9 @@ class TileTranspose {
   // Whether such a pattern has tiles, and is faster by them than one non-zero after the other.
   static bool suits(const Layer& layer, const Grid& grid, int64_t nnz);
 
-  // The values in the order of the stream.
+  // Both as Exchange's.
   template <class S>
   void gather(const Kernels& table, S* out, const S* values, bool parallel) const;
-
-  // Weight gradients in canonical order: the sum of `splits` arrays in the order of the stream, one behind the other.
-  // Reads as far as 64 bytes behind the last.
   template <class S>
   void scatter(const Kernels& table, S* out, const S* dots, int64_t splits, bool parallel) const;
 

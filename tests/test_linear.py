@@ -43,24 +43,6 @@ def test_lopsided_patterns_are_right(backend, empty, batch):
     assert_right(SparseLinear.from_mask(mask), torch.randn(batch, 40), torch.randn(batch, 20))
 
 
-# in 16 x 16 tiles, that blocks of 24 to 192 outputs are cut into
-@pytest.mark.parametrize("sizes", [(1, 1), (16, 16), (15, 33), (130, 49), (33, 250)])
-@pytest.mark.parametrize("density", [0.4, 0.75, 1.0])
-@pytest.mark.parametrize("batch", [40, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dense_patterns_of_every_size_are_right(backend, sizes, density, batch, dtype):
-    layer = random_layer(*sizes, density, dtype=dtype)
-    assert_right(layer, *(torch.randn(batch, size, dtype=dtype) for size in sizes))
-
-
-@pytest.mark.parametrize("kept", [256, 255])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_whose_values_lie_2_to_the_n_bytes_apart_are_right(backend, kept, dtype):
-    mask = torch.rand(64, 1024).argsort().argsort() < kept  # equally many a row: 256 begin in four sets of L1
-    layer = SparseLinear.from_mask(mask, dtype=dtype)
-    assert_right(layer, torch.randn(33, 1024, dtype=dtype), torch.randn(33, 64, dtype=dtype))
-
-
 @pytest.mark.parametrize("batch", [1, 3, 8, 20, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_not_finite_reaches_only_where_weights_are(backend, batch, dtype):
