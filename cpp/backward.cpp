@@ -37,10 +37,11 @@ class BackwardRun {
   }
 
   void pack_chunk(int64_t chunk, void* scratch) const {
-    const Columns padded = call_.padded(call_.chunk(chunk));
-    const Placement place = place_output(call_.sizes, grid_, grad_out_.strides);
-    pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grad_out_.data), 0, call_.layer.out_channels,
-         {padded.begin - grid_.max_shift, padded.end}, at<S>(scratch, panel_at_), plan_.panel);
+    const Columns columns = call_.panel_columns(chunk);
+    const Grid& grid = low_.padded;
+    const Placement place = place_output(call_.sizes, grid, grad_out_.strides);
+    pack<A, S>(call_.table, grid, place, static_cast<const A*>(grad_out_.data), 0, call_.layer.out_channels,
+         {columns.begin - grid.max_shift, columns.end}, at<S>(scratch, panel_at_), plan_.panel);
   }
 
   void operator()(Piece piece, void* scratch) const {
@@ -48,7 +49,10 @@ class BackwardRun {
     while (piece.chunk >= share(plan_.chunks, splits_, split).end) ++split;
     const Columns columns = call_.chunk(piece.chunk), padded = call_.padded(columns);
     const S* panel = at<S>(scratch, panel_at_);
-    if (bias_sums_ && piece.part == 0) sum_bias(panel, padded.end - padded.begin, split);
+    if (bias_sums_ && piece.part == 0) {
+      const Columns sums = call_.panel_columns(piece.chunk);
+      sum_bias(panel, sums.end - sums.begin, split);
+    }
     if (!grads_.in.data && !grads_.values) return;
     const bool fresh = piece.chunk == share(plan_.chunks, splits_, split).begin;
     one_part(piece.part, columns, padded, panel, scratch, split, fresh);
@@ -58,7 +62,7 @@ class BackwardRun {
   void sum_bias(const S* panel, int64_t width, int64_t split) const {
     const int64_t rows = call_.layer.out_channels, step = plan_.panel.tile == plan_.panel.tile_pitch ? width : plan_.tile;
     for (int64_t j = 0; j < width; j += step) {
-      call_.kernels().row_sums(bias_sums_ + split * rows, panel + plan_.panel.at(j) + grid_.max_shift,
+      call_.kernels().row_sums(bias_sums_ + split * rows, panel + plan_.panel.at(j) + low_.padded.max_shift,
                                plan_.panel.row_pitch, rows, std::min(step, width - j));
     }
   }
@@ -72,7 +76,7 @@ class BackwardRun {
     S* grad_x = grads_.in.data ? at<S>(scratch, grad_x_at_) : nullptr;
     const PanelShape rows = {pitch(), plan_.tile, plan_.tile};
     for (int64_t f = 0; x && f < phases; ++f) {
-      const Placement place = place_input(call_.layer, call_.sizes, grid_, x_.strides, grid_.phases[f]);
+      const Placement place = low_.place_rows(call_.layer, x_.strides, grid_.phases[f]);
       pack<A, S>(call_.table, grid_, place, static_cast<const A*>(x_.data), channel, channels, padded,
            x + f * plan_.chunk, rows);
     }
@@ -80,19 +84,18 @@ class BackwardRun {
     const bool onto = grad_x && grads_.added.data;
     for (int64_t f = 0; onto && f < phases; ++f) load_added(grid_.phases[f], grad_x + f * plan_.chunk, all);
     for (int64_t j = 0; j < width; j += plan_.tile) {
-      const int64_t vectors = call_.lane_groups(std::min(plan_.tile, width - j));
+      const TileAt here = call_.tile(columns, j);
       for (int64_t b = 0; b < stream.blocks(); ++b) {
         const BlockStream block = stream.block(p, b);
         if (block.n_runs == 0) continue;
-        const S* slab =
-            call_.block(b, panel, j, vectors * lanes<S>(), call_.layer.out_channels, 1, at<S>(scratch, slab_at_));
+        const S* slab = call_.block(b, panel, here, at<S>(scratch, slab_at_));
         const unsigned unit_log2 = plan_.stream.unit_log2;
         if (x == nullptr) {
-          call_.kernels().forward[vectors - 1](
+          call_.kernels().forward[here.vectors - 1](
               {block, values_, nullptr, slab, unit_log2, grad_x + j, plan_.chunk, false, onto});
           continue;
         }
-        call_.kernels().backward[vectors - 1](
+        call_.kernels().backward[here.vectors - 1](
             {block, values_, slab, unit_log2, x + j, grad_x ? grad_x + j : nullptr, plan_.chunk,
              dots_ + split * stream.nnz() + stream.nonzeros(p, b).begin, !fresh || j > 0, onto});
       }
@@ -109,7 +112,7 @@ class BackwardRun {
 
   // What the input gradient is added to.
   void load_added(const Triple& phase, S* rows, const Rows& all) const {
-    const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.added.strides, phase);
+    const Placement place = low_.place_rows(call_.layer, grads_.added.strides, phase);
     pack<A, S>(call_.table, grid_, place, static_cast<const A*>(grads_.added.data), all.channel, all.channels,
                call_.padded(all.columns), rows, {pitch(), plan_.tile, plan_.tile});
   }
@@ -129,7 +132,7 @@ class BackwardRun {
   }
 
   void store_grad(const Triple& phase, const S* rows, const Rows& all) const {
-    const Placement place = place_input(call_.layer, call_.sizes, grid_, grads_.in.strides, phase);
+    const Placement place = low_.place_rows(call_.layer, grads_.in.strides, phase);
     unpack<S, A>(call_.table, grid_, place, static_cast<A*>(grads_.in.data), all.channel, all.channels, all.columns, rows,
                  pitch());
   }

@@ -39,7 +39,7 @@ class BackwardRowsRun {
     } else if (grad_x) {
       std::fill_n(grad_x, channels * plan_.tile, S(0));
     }
-    call_.kernels().backward_rows[call_.lane_groups(grid_.columns) - 1](
+    call_.kernels().backward_rows[ceil_div(grid_.columns, lanes<S>()) - 1](
         {stream_.block(0, b), values_, panel_, x, grad_x, plan_.stream.unit_log2, plan_.tile, grads_.values});
     if (grad_x) {
       unpack<S, A>(call_.table, grid_, place(grads_.in), static_cast<A*>(grads_.in.data), channel, channels, columns_, grad_x,

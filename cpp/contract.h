@@ -60,13 +60,21 @@ struct BackwardArgs {
   bool onto;        // add to what `grad_x` holds
 };
 
-// Rows of a panel from any column on, to where they begin at whole vectors. `columns` are whole lane groups.
+// Adjacent columns of a row, and where they come from; from < 0: zeros.
+struct ColumnRun {
+  int32_t to, from, count;
+};
+
+// Runs of a panel's rows, by rising `to`, to where tiles begin at whole vectors. What lies behind the last run up to a whole
+// vector is overwritten, and behind a run in the panel read.
 template <class S>
-struct ShiftArgs {
+struct RunsArgs {
   S* to;
   ptrdiff_t to_pitch;
   const S* from;
-  ptrdiff_t from_pitch, rows, columns;
+  ptrdiff_t from_pitch, rows;
+  const ColumnRun* runs;
+  ptrdiff_t n_runs;
 };
 
 // 16 x 16 weights: where there is one, and where each column's first lies in the order of columns.

@@ -36,11 +36,18 @@ struct Lowered {
   Direction direction;
   int64_t element_size;
   Sizes sizes;
-  Grid grid;
+  Grid padded;  // of the panel
+  Grid grid;    // of the columns: the same, or without its halo
   Schedule schedule;
   bool by_rows;       // backward, on the forward pattern
   Stream stream;
   Exchange exchange;  // backward on the transposed pattern
+
+  // Where a tensor like the input lies on the columns of a backward pass.
+  Placement place_rows(const Layer& layer, const Strides& strides, const Triple& phase) const {
+    return schedule.compact.used() ? place_output({sizes.batch, sizes.in, sizes.padding, sizes.in}, grid, strides)
+                                   : place_input(layer, sizes, grid, strides, phase);
+  }
 };
 
 class Contraction {

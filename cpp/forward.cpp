@@ -54,34 +54,34 @@ class ForwardRun {
   size_t scratch_bytes() const { return pieces_.bytes(); }
 
   void pack_chunk(int64_t chunk, void* scratch) const {
-    const Columns padded = call_.padded(call_.chunk(chunk));
-    const int64_t phases = static_cast<int64_t>(grid_.phases.size());
+    const Columns columns = call_.panel_columns(chunk);
+    const Grid& grid = call_.low.padded;
+    const int64_t phases = static_cast<int64_t>(grid.phases.size());
     S* panel = at<S>(scratch, panel_at_);
     PanelShape shape = plan_.panel;
     shape.row_pitch *= phases;
     for (int64_t f = 0; f < phases; ++f) {
-      const Placement place = place_input(call_.layer, call_.sizes, grid_, x_.strides, grid_.phases[f]);
-      pack<A, S>(call_.table, grid_, place, static_cast<const A*>(x_.data), 0, call_.layer.in_channels,
-           {padded.begin, padded.end + grid_.max_shift}, panel + f * plan_.panel.row_pitch, shape);
+      const Placement place = place_input(call_.layer, call_.sizes, grid, x_.strides, grid.phases[f]);
+      pack<A, S>(call_.table, grid, place, static_cast<const A*>(x_.data), 0, call_.layer.in_channels,
+           {columns.begin, columns.end + grid.max_shift}, panel + f * plan_.panel.row_pitch, shape);
     }
   }
 
   void operator()(Piece piece, void* scratch) const {
-    const Columns columns = call_.chunk(piece.chunk), padded = call_.padded(columns);
-    const int64_t width = padded.end - padded.begin;
+    const Columns columns = call_.chunk(piece.chunk);
+    const int64_t width = columns.end - columns.begin;
     const S* panel = at<S>(scratch, panel_at_);
     S* tile = at<S>(scratch, tile_at_);
     const Stream::Part part = stream_.parts()[piece.part];
-    const int64_t phases = static_cast<int64_t>(grid_.phases.size());
     const bool cold = plan_.shifted.pitch > 0 || plan_.chunks <= kColdChunks;  // few channels a block: a row's values lie far apart
     for (int64_t j = 0; j < width; j += plan_.tile) {
-      const int64_t vectors = call_.lane_groups(std::min(plan_.tile, width - j));
+      const TileAt here = call_.tile(columns, j);
       for (int64_t b = 0; b < stream_.blocks(); ++b) {
         const BlockStream stream = stream_.block(piece.part, b);
         if (stream.n_runs == 0) continue;
-        const S* block = call_.block(b, panel, j, vectors * lanes<S>(), call_.layer.in_channels, phases, at<S>(scratch, slab_at_));
-        call_.kernels().forward[vectors - 1]({stream, values_, bias_ ? bias_ + part.row : nullptr, block,
-                                              plan_.stream.unit_log2, tile + j, plan_.chunk, cold, false});
+        const S* block = call_.block(b, panel, here, at<S>(scratch, slab_at_));
+        call_.kernels().forward[here.vectors - 1]({stream, values_, bias_ ? bias_ + part.row : nullptr, block,
+                                                   plan_.stream.unit_log2, tile + j, plan_.chunk, cold, false});
       }
     }
     if constexpr (std::is_same_v<S, A>) {

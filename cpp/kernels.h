@@ -23,7 +23,7 @@ struct KernelsOf {
   void (*bitmap_backward)(const BitmapArgs<S>&);
   void (*gather)(const WeightTiles&, S* out, const S* values, ptrdiff_t nnz);
   void (*scatter)(const WeightTiles&, S* out, const S* dots, ptrdiff_t splits, ptrdiff_t nnz);
-  void (*shift)(const ShiftArgs<S>&);
+  void (*copy_runs)(const RunsArgs<S>&);
   ptrdiff_t vector;  // elements
   void (*zero)(S* dst, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);
   void (*row_sums)(S* sums, const S* panel, ptrdiff_t pitch, ptrdiff_t rows, ptrdiff_t cols);  // sums[r] +=

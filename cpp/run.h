@@ -65,6 +65,11 @@ struct CallScratch {
   ~CallScratch() { call_arena().trim(kKeepScratch); }
 };
 
+// A tile among all, its first column in its chunk, and its size.
+struct TileAt {
+  int64_t index, column, vectors;
+};
+
 template <class S, class A>
 struct Call {
   const Layer& layer;
@@ -73,7 +78,6 @@ struct Call {
   const Kernels& table;
 
   const KernelsOf<S>& kernels() const { return kernels_of<S>(table); }
-  int64_t lane_groups(int64_t columns) const { return ceil_div(columns, lanes<S>()); }
   Columns chunk(int64_t c) const {
     const int64_t begin = c * low.schedule.chunk;
     return {begin, std::min(begin + low.schedule.chunk, low.grid.columns)};
@@ -84,16 +88,31 @@ struct Call {
     const double part = double(low.stream.nnz()) / double(low.stream.parts().size());
     return 1 + static_cast<int64_t>(std::min(packing / std::max(part, 1.0), 1e6));
   }
-  // A block as the kernels read it: the shifted copies, made in `slab`, of its channels of `rows` panel rows each, if there are
-  // any, else the panel itself, from column `j` on. `channels` is the number of all.
-  const S* block(int64_t b, const S* panel, int64_t j, int64_t columns, int64_t channels, int64_t rows, S* slab) const {
+  // Columns of the padded grid that a chunk's panel is for.
+  Columns panel_columns(int64_t c) const {
+    if (!low.schedule.compact.used()) return padded(chunk(c));
+    const Range range = low.schedule.compact.padded(c);
+    return {range.begin, range.end};
+  }
+  TileAt tile(Columns chunk, int64_t j) const {
+    const int64_t columns = std::min(low.schedule.tile, chunk.end - chunk.begin - j);
+    return {(chunk.begin + j) / low.schedule.tile, j, ceil_div(columns, lanes<S>())};
+  }
+  // A block as the kernels read it: the copies, made in `slab`, of its channels' columns if there are any, else the panel itself.
+  const S* block(int64_t b, const S* panel, const TileAt& tile, S* slab) const {
     const Schedule& plan = low.schedule;
+    const bool forward = low.direction == Direction::forward;
+    const int64_t channels = forward ? layer.in_channels : layer.out_channels;
+    const int64_t rows = forward ? static_cast<int64_t>(low.padded.phases.size()) : 1;  // of a channel
     const int64_t pitch = plan.panel.row_pitch, first = low.stream.panel_row(b);
-    if (plan.shifted.pitch == 0) return panel + plan.panel.at(j) + first * pitch;
+    if (plan.shifted.pitch == 0) return panel + plan.panel.at(tile.column) + first * pitch;
     const int64_t count = std::min(low.stream.panel_row(b + 1), channels) - first;
     for (const Shifted::Copy& copy : plan.shifted.copies) {
-      const S* from = panel + j + (first * rows + copy.phase) * pitch + copy.from;
-      kernels().shift({slab + copy.to, plan.shifted.pitch, from, pitch * rows, count, columns + copy.beyond});
+      const S* from = panel + (first * rows + copy.phase) * pitch + copy.from;
+      const ColumnRun whole = {0, static_cast<int32_t>(tile.column), static_cast<int32_t>(tile.vectors * lanes<S>() + copy.beyond)};
+      const bool compact = plan.compact.used();
+      kernels().copy_runs({slab + copy.to, plan.shifted.pitch, from, pitch * rows, count,
+                           compact ? plan.compact.runs(tile.index) : &whole, compact ? plan.compact.n_runs(tile.index) : 1});
     }
     return slab;
   }

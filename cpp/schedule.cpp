@@ -19,6 +19,7 @@ constexpr double kProductsPerCopy = 14;
 constexpr int64_t kOffsets = 65536;       // a 16-bit offset reaches this far
 
 int64_t ceil_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+int64_t groups_of(int64_t columns, int64_t lanes) { return (columns + lanes - 1) / lanes; }
 
 unsigned log2_of(int64_t power) {
   unsigned log = 0;
@@ -48,21 +49,35 @@ int64_t reachable_columns(const Grid& grid, int64_t step, int64_t lanes) {
   return last / (step - 1) - grid.max_shift - 2 * lanes;  // pitches are rounded up to odd vectors
 }
 
-void choose_panel(Schedule& s, const Grid& grid, int64_t rows, int64_t lanes) {
-  if (grid.max_shift == 0) {
-    s.panel = {s.tile, s.tile, rows * s.tile};
-    s.panel_size = rows * s.chunk;
-    return;
-  }
-  int64_t pitch = ceil_to(s.chunk + grid.max_shift, lanes);
+void choose_chunks(Schedule& s, const Grid& grid, const Problem& problem, int64_t shift, int64_t element_size) {
+  // No more than an eighth of the columns, so that threads and their results do not depend on each other.
+  const int64_t share = std::max(s.tile, ceil_to((grid.columns + 7) / 8, s.tile));
+  const int64_t fit = std::max(kL2 / (problem.panel_rows * element_size) - shift, shift);
+  s.chunk = std::clamp(fit / s.tile * s.tile, s.tile, share);
+  s.chunks = (grid.columns + s.chunk - 1) / s.chunk;
+}
+
+// A panel of rows of at least `columns`, one after the other.
+void choose_pitch(Schedule& s, int64_t columns, int64_t rows, int64_t lanes) {
+  int64_t pitch = ceil_to(columns, lanes);
   if (pitch / lanes % 2 == 0) pitch += lanes;  // odd lines: rows spread over the cache's sets
   s.panel = {pitch, s.tile, s.tile};
   s.panel_size = rows * pitch;
 }
 
+void choose_panel(Schedule& s, const Grid& grid, int64_t rows, int64_t lanes) {
+  if (grid.max_shift > 0) return choose_pitch(s, s.chunk + grid.max_shift, rows, lanes);
+  s.panel = {s.tile, s.tile, rows * s.tile};
+  s.panel_size = rows * s.chunk;
+}
+
 void choose_parts(Schedule& s, int64_t rows, int64_t fit) {
   s.stream.part_rows = std::clamp<int64_t>(fit, 64, 1024);
   s.stream.min_parts = std::clamp<int64_t>(kPieces / std::max<int64_t>(1, s.chunks), 1, std::max<int64_t>(1, rows / 32));
+}
+
+int64_t parts_of(const StreamShape& stream, int64_t rows) {
+  return std::max(stream.min_parts, (rows + stream.part_rows - 1) / stream.part_rows);
 }
 
 // Shifted copies, where enough products read them, or offsets into the panel itself could be too long. Every part makes its
@@ -71,9 +86,7 @@ void choose_shifted(Schedule& s, const std::vector<Tap>& taps, const Problem& pr
   Shifted shifted(taps, s.tile, 64 / element_size);
   Schedule with = s;
   choose_parts(with, problem.rows, kL2 / (s.chunk * element_size));
-  const StreamShape& stream = with.stream;
-  const int64_t parts = std::max(stream.min_parts, (problem.rows + stream.part_rows - 1) / stream.part_rows);
-  const double products = problem.nnz / double(problem.channels() * parts) * double(s.tile);
+  const double products = problem.nnz / double(problem.channels() * parts_of(with.stream, problem.rows)) * double(s.tile);
   if (!must && products < kProductsPerCopy * double(shifted.pitch)) return;
   s = std::move(with);
   s.shifted = std::move(shifted);
@@ -148,11 +161,8 @@ Schedule make_schedule(const Layer& layer, const Grid& grid, const std::vector<T
   const bool half = grid.columns == grid.batch && problem.per_panel_row() <= problem.half_tile;
   const int64_t lanes = 64 / element_size, full = lanes * kMaxTile / (half ? 2 : 1);
   s.tile = tile_of(grid.columns, lanes, full / lanes);
-  const int64_t shift = grid.max_shift, row_bytes = problem.panel_rows * element_size;
-  // No more than an eighth of the columns, so that threads and their results do not depend on each other.
-  const int64_t share = std::max(s.tile, ceil_to((grid.columns + 7) / 8, s.tile));
-  int64_t fit = std::max(kL2 / row_bytes - shift, shift);
-  s.chunk = std::clamp(fit / s.tile * s.tile, s.tile, share);
+  const int64_t shift = grid.max_shift;
+  choose_chunks(s, grid, problem, shift, element_size);
   if (shift == 0) s.chunk = std::min(s.chunk, 8 * s.tile);
   const int64_t reachable = reachable_columns(grid, problem.panel_step, lanes);
   const bool too_long = reachable < s.tile;
@@ -170,6 +180,30 @@ Schedule make_schedule(const Layer& layer, const Grid& grid, const std::vector<T
     const int64_t bytes = tile_span(layer, grid, s.tile) * element_size;
     choose_blocks(s.stream, {problem.panel_rows, problem.panel_step, pitch, bytes, kL1, shift, unit_log2}, problem);
   }
+  return s;
+}
+
+// Each tap's columns are copied out of the panel, for the products of a part's rows with them.
+std::optional<Schedule> make_compact_schedule(const Grid& padded, const Grid& compact, const Triple& first, const std::vector<Tap>& taps,
+                                              const Problem& problem, int64_t element_size) {
+  Schedule s{};
+  const int64_t lanes = 64 / element_size, groups = groups_of(compact.columns, lanes);
+  const int64_t tiles = (groups + kMaxTile - 1) / kMaxTile;
+  s.tile = (groups + tiles - 1) / tiles * lanes;  // equal tiles rather than a small last one
+  choose_chunks(s, compact, problem, padded.max_shift, element_size);
+  s.stream.row_step = 1;
+  choose_parts(s, problem.rows, kL2 / (s.chunk * element_size));
+  const double copied = double(problem.channels() * parts_of(s.stream, problem.rows)) * double(taps.size());
+  const double halo = double(groups_of(padded.columns, lanes)) / double(groups) - 1;
+  const int64_t row = compact.extent[3];
+  const double stores = double(groups_of(row, lanes) * lanes) / double(row);  // of a vector each, for one of copies
+  s.shifted = Shifted::apart(taps, s.tile, lanes);
+  const int64_t copies = s.shifted.pitch;
+  if (copies * element_size > kL1Copies) return std::nullopt;
+  if (problem.nnz / copied * halo < problem.copying * std::max(1.0, stores / 2)) return std::nullopt;
+  s.compact = Compact(compact, padded, first, {s.tile, s.chunk, lanes});
+  choose_pitch(s, s.compact.most_padded() + padded.max_shift, problem.panel_rows, lanes);
+  choose_blocks(s.stream, {problem.channels(), 1, copies, copies * element_size, kL1Copies, 0, log2_of(lanes)}, problem);
   return s;
 }
 

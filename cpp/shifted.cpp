@@ -31,4 +31,16 @@ Shifted::Shifted(const std::vector<Tap>& all, int64_t tile, int64_t vector) {
   }
 }
 
+Shifted Shifted::apart(const std::vector<Tap>& all, int64_t tile, int64_t vector) {
+  Shifted s;
+  for (const Tap& tap : all) {
+    s.copies.push_back({tap.phase, tap.shift, s.pitch, 0});
+    s.taps.push_back({0, s.pitch});
+    s.pitch += tile;
+  }
+  s.pitch += vector;  // the last run may be stored as a whole vector
+  if (s.pitch / vector % 2 == 0) s.pitch += vector;
+  return s;
+}
+
 }  // namespace sparseprop

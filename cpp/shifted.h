@@ -20,6 +20,8 @@ struct Shifted {
 
   Shifted() = default;
   Shifted(const std::vector<Tap>& taps, int64_t tile, int64_t vector);
+  // A copy for each tap.
+  static Shifted apart(const std::vector<Tap>& taps, int64_t tile, int64_t vector);
 };
 
 }  // namespace sparseprop

@@ -46,6 +46,14 @@ def test_any_strides_of_input_and_gradient(backend, x_layout, grad_layout, name)
     assert_right(layer, LAYOUTS[x_layout](x), LAYOUTS[grad_layout](grad))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(9, 6), (6, 17)])
+def test_small_planes_over_several_tiles_are_right(backend, layout, size):
+    layer = SparseConv2d.random(160, 160, 3, density=0.9, padding=1)
+    place = LAYOUTS[layout]
+    assert_right(layer, place(torch.randn(3, 160, *size)), place(torch.randn(3, 160, *size)))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_every_width_batch_and_channel_count_is_right(backend, size):
     for layout in ("plain", "batch_last"):

@@ -167,17 +167,16 @@ struct Move {
   }
 };
 
-// Rows that are near, of whole vectors each, to aligned ones: no memory to wait for.
+// Rows that are near: no memory to wait for.
 template <class V>
-void shift_rows(const ShiftArgs<typename V::scalar>& a) {
+void copy_runs(const RunsArgs<typename V::scalar>& a) {
   constexpr ptrdiff_t w = V::width;
   const typename V::scalar* from = a.from;
   typename V::scalar* to = a.to;
   for (ptrdiff_t r = 0; r < a.rows; ++r, from += a.from_pitch, to += a.to_pitch)
-    for (ptrdiff_t i = 0; i < a.columns; i += 2 * w) {
-      V::loadu(from + i).store(to + i);
-      if (i + w < a.columns) V::loadu(from + i + w).store(to + i + w);
-    }
+    for (const ColumnRun* run = a.runs; run < a.runs + a.n_runs; ++run)
+      for (ptrdiff_t i = 0; i < run->count; i += w)
+        (run->from < 0 ? V::zero() : V::loadu(from + run->from + i)).storeu(to + run->to + i);
 }
 
 template <class V>

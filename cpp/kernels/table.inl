@@ -41,7 +41,7 @@ constexpr KernelsOf<typename V::scalar> kernels_of() {
           &Bitmap<V>::backward,
           &Transpose<V>::gather,
           &Transpose<V>::scatter,
-          &shift_rows<V>,
+          &copy_runs<V>,
           V::width,
           &Sums<V>::zero,
           &Sums<V>::rows,

@@ -50,7 +50,7 @@ SPARSEPROP_INLINE void repeat(uint32_t count, Body&& body) {
 
 // Fixed trip counts cost compile time and code: for float32, on vectors, in the two widths that layers mostly have.
 template <class V, int vecs>
-constexpr bool worth_unrolling = V::width >= 8 && sizeof(typename V::scalar) == 4 && vecs % 4 == 0;
+constexpr bool worth_unrolling = V::width >= 8 && sizeof(typename V::scalar) == 4 && (vecs % 4 == 0 || vecs == 7);
 
 // On a copy, whose members can live in registers.
 template <int fixed, class Rows>
