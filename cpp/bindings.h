@@ -47,6 +47,7 @@ class PyContraction {
   void forward(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x, Strides x_strides,
                uintptr_t values, uintptr_t bias, uintptr_t out, Strides out_strides,
                const std::optional<PyFinish>& finish) {
+    require_memory(x, "input");
     const py::gil_scoped_release release;
     const auto run = [&](const Finish* steps) {
       contraction_.forward(static_cast<DType>(dtype), {batch, in_size, padding, out_size}, {pointer(x), x_strides},
@@ -59,6 +60,7 @@ class PyContraction {
   void backward(int dtype, int64_t batch, Triple in_size, Triple padding, Triple out_size, uintptr_t x,
                 Strides x_strides, uintptr_t values, uintptr_t grad_out, Strides grad_out_strides, uintptr_t grad_in,
                 Strides grad_in_strides, uintptr_t grad_values, uintptr_t grad_bias, uintptr_t added, Strides added_strides) {
+    require_memory(grad_out, "gradient of the output");
     const py::gil_scoped_release release;
     contraction_.backward(static_cast<DType>(dtype), {batch, in_size, padding, out_size}, {pointer(x), x_strides},
                           pointer(values), {pointer(grad_out), grad_out_strides}, {pointer(grad_in), grad_in_strides},
@@ -66,6 +68,10 @@ class PyContraction {
   }
 
  private:
+  static void require_memory(uintptr_t address, const char* what) {
+    if (address == 0) throw std::invalid_argument(std::string("the ") + what + " has no memory of its own; clone it first.");
+  }
+
   template <class S, class Run>
   void finished(const PyFinish& finish, Run run) {
     const auto& [norm, residual, strides] = finish;

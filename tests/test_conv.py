@@ -130,6 +130,12 @@ def test_from_dense_and_back_keep_weights_and_options(name):
     assert not back.bias.requires_grad
 
 
+def test_a_pruning_mask_that_scales_counts():
+    dense = nn.Conv2d(3, 4, 3)
+    prune.custom_from_mask(dense, "weight", torch.rand_like(dense.weight).mul(3).floor() / 2)
+    assert torch.equal(SparseConv2d.from_dense(dense).weight, dense.weight)
+
+
 @pytest.mark.parametrize("name", WRONG_CONVS)
 def test_wrong_options_are_refused(name):
     (dims, *arguments), options, message = WRONG_CONVS[name]

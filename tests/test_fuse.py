@@ -23,6 +23,17 @@ def test_the_plan_says_what_is_fused_and_why_not():
     assert [name for name, fusion in plan.items() if fusion.adds] == ["0.bn3", "3.bn3"]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_registered_later_see_and_change_the_norms_own_output(training):
+    plain = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).train(training)
+    fused, x, seen = fuse(plain, inplace=False), torch.randn(4, 2, 5, 5), []
+    for model in (plain, fused):
+        model[1].register_forward_hook(lambda _, inputs, out: seen.append(out.clone()))
+        model[1].register_forward_hook(lambda _, inputs, out: out.sub_(0.5))
+    torch.testing.assert_close(fused(x), plain(x))
+    torch.testing.assert_close(*seen)
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()

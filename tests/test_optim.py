@@ -63,6 +63,15 @@ def test_frozen_and_named_parameters_are_left_out():
     assert "0.weight_values" not in found[0.0]
 
 
+def test_only_what_is_named_bias_is_a_bias():
+    model = nn.Module()
+    model.bias, model.relative_bias = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    model.inner = nn.Module()
+    model.inner.bias = nn.Parameter(torch.ones(2, 2))
+    found = names_by_decay(model, param_groups(model, weight_decay=0.1))
+    assert found == {0.0: {"bias", "inner.bias"}, 0.1: {"relative_bias"}}
+
+
 def test_a_parametrized_weight_decays():
     layer = SparseLinear.random(8, 8, density=0.5)
     torch.nn.utils.parametrize.register_parametrization(layer, "weight_values", nn.Identity())

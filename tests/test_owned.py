@@ -190,6 +190,23 @@ def test_a_retained_gradient_is_right():
         assert torch.equal(first.grad, weight * 2)
 
 
+def test_a_gradient_in_memory_of_numpy_stays():
+    owned = torch.ones(SHAPE).numpy()
+
+    class FromNumpy(Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.from_numpy(owned)
+
+    for op in (norm, depthwise):
+        FromNumpy.apply(op(start())).sum().backward()
+        assert (owned == 1).all()
+
+
 def test_module_hooks_see_gradients_that_stay():
     seen = []
     module = nn.Sequential(nn.Identity())

@@ -1,7 +1,10 @@
+from contextlib import suppress
+
 import pytest
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparseprop.nn import SparseConv2d, SparseLinear
 
@@ -180,10 +183,33 @@ def test_a_change_of_the_buffers_in_place_is_noticed(backend):
     assert other.nnz == layer.nnz
     layer.weight_row_ptr.copy_(other.weight_row_ptr)
     layer.weight_col_idx.copy_(other.weight_col_idx)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    with pytest.warns(UserWarning, match="pattern of a SparseLinear was overwritten in place"):
+        out = layer(x)
+    torch.testing.assert_close(out, nn.functional.linear(x, layer.weight, layer.bias))
+    layer(x)
     layer.weight_col_idx[0] = 99
-    with pytest.raises(ValueError, match="col_idx is out of range"):
+    refused = pytest.raises(ValueError, match="col_idx is out of range")
+    with pytest.warns(UserWarning, match="overwritten"), refused:
         layer(x)
+
+
+def test_an_average_that_rounds_the_pattern_is_reported():
+    layer = SparseLinear.random(1024, 4, density=0.004)
+    average = AveragedModel(layer, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.99998))
+    average.update_parameters(layer)
+    average.update_parameters(layer)
+    with pytest.warns(UserWarning, match="use_buffers=True"), suppress(ValueError):
+        average(torch.randn(3, 1024))
+
+
+def test_moving_to_shared_memory_leaves_no_stale_addresses():
+    layer, x = SparseLinear.random(256, 300, density=0.05), torch.randn(64, 256, requires_grad=True)
+    expected = layer(x)
+    layer.share_memory()
+    torch.testing.assert_close(layer(x), expected)
+    with pytest.raises(ValueError, match="pattern was changed between forward and backward"):
+        expected.sum().backward()
+    layer(torch.randn(9, 256)).sum().backward()
 
 
 def test_a_pattern_changed_between_forward_and_backward_is_refused(backend):

@@ -57,7 +57,7 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         excluded = any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
-        is_weight = id(parameter) in sparse or (parameter.dim() > 1 and not name.endswith("bias"))
+        is_weight = id(parameter) in sparse or (parameter.dim() > 1 and name.split(".")[-1] != "bias")
         (decayed if is_weight and not excluded else plain).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": plain, "weight_decay": 0.0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -14,8 +15,9 @@ from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.nn.convert import dense_source, finished_mask, pattern_of
 from sparseprop.nn.state import fitted
-from sparseprop.nn.storage import Pattern, buffers_of, check_shape, pattern_in, plain, store
+from sparseprop.nn.storage import Pattern, buffers_of, check_shape, fingerprint, pattern_in, plain, store
 from sparseprop.ops import Finish, Operator, apply, apply_again, apply_finished, apply_shared
+from sparseprop.ops.eligible import watched
 from sparseprop.ops.inverted import SparseStep
 from sparseprop.packed import PackedNM
 from sparseprop.pattern import SparsityPattern
@@ -78,7 +80,7 @@ class SparseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for an input of the shape its dense twin takes."""
         values, bias, head, index = self._operands()
-        if is_compiling() or not index.is_cpu or type(index) is not Tensor:
+        if is_compiling() or watched() or not index.is_cpu or type(index) is not Tensor:
             return apply(x, values, bias, head, index, self._geometry, None)
         operator = self._operator_for(head, index)
         out = None if self._pads_first else apply_again(operator, x, values, bias)
@@ -92,7 +94,7 @@ class SparseLayer(nn.Module):
 
     def finished(self, x: Tensor, finish: Finish) -> Tensor | None:
         """`finish` of the output, where no gradient is wanted; None if that needs more than one step."""
-        operator = None if is_compiling() else self.operator()
+        operator = self.operator()
         if operator is None:
             return None
         values, bias, _, _ = self._operands()
@@ -106,6 +108,8 @@ class SparseLayer(nn.Module):
 
     def operator(self) -> Operator | None:
         """What runs the layer in one step, another one once the pattern was changed; None if nothing does."""
+        if is_compiling() or watched():
+            return None
         head, index = (self._buffers[key] for key in self._pattern_keys)
         if self._pads_first or head is None or index is None or not index.is_cpu or type(index) is not Tensor:
             return None
@@ -125,6 +129,7 @@ class SparseLayer(nn.Module):
     def _operator_for(self, head: Tensor, index: Tensor) -> Operator:
         operator = self._operator
         if operator is None or not operator.matches(head, index):
+            self._warn_if_overwritten()
             operator = Operator(self._kernel_geometry, head, index)
             object.__setattr__(self, "_operator", operator)
         return operator
@@ -133,17 +138,37 @@ class SparseLayer(nn.Module):
         store(self, buffers)
         head, index = buffers
         self._pattern_keys = (head, index)
+        self._fingerprint = fingerprint(self._buffers)
+
+    def _warn_if_overwritten(self) -> None:
+        """Averages of integers are rounded: a pattern's become another one, which may pass as valid."""
+        before, now = self._fingerprint, fingerprint(self._buffers)
+        object.__setattr__(self, "_fingerprint", now)
+        if before is not None and now is not None and before != now:
+            warnings.warn(
+                f"the pattern of a {type(self).__name__} was overwritten in place. If an average of models "
+                "did that (AveragedModel with use_buffers=True), the pattern is wrong now: average only "
+                "floating-point tensors. If you did, use load_state_dict, which checks patterns.",
+                stacklevel=3,
+            )
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
         try:
-            own = fitted(self, state_dict, prefix)
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            own = fitted(self, state_dict, prefix, assign)
         except SparsePropError as error:
             error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {error}")
             return
-        super()._load_from_state_dict(own, prefix, *args, **kwargs)
+        super()._load_from_state_dict(own, prefix, local_metadata, *args, **kwargs)
+        self._fingerprint = fingerprint(self._buffers)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_operator": None}  # lowered again by whoever needs it

@@ -38,7 +38,8 @@ def dense_source(module: nn.Module, expected: type[nn.Module]) -> tuple[Tensor, 
         )
     if prune_mask is None:
         return weight.detach(), None
-    return weight.detach(), prune_mask != 0
+    keep = prune_mask != 0
+    return (weight * torch.where(keep, prune_mask, 1)).detach(), keep  # a mask may scale as well
 
 
 def _refuse_hooks(module: nn.Module) -> None:

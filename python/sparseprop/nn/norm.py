@@ -75,9 +75,10 @@ class NativeNorm(Statistics):
         """`pool(activation(batch_norm(input) + residual))`; `cap` as in `NormSpec`, else the module's own."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         # A ReLU that cannot be marked as done is left to the module behind: two of them are as good as one,
-        # but the second may work in place, on what the first has kept for its backward pass.
+        # but the second may work in place, on what the first has kept for its backward pass. Hooks are to see
+        # the norm's own output.
         can_mark = type(input) is Tensor and not torch.compiler.is_compiling()
-        own = self.cap if can_mark else 0.0
+        own = self.cap if can_mark and not hooked(self) and not hooks_everywhere() else 0.0
         stage = self.stage(own if cap is None else cap)
         self.count()
         pool_spec = pool.spec() if isinstance(pool, MaxPool2d) and not hooked(pool) else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sparseprop.errors import SparsePropError
 from sparseprop.nn.storage import Pattern, buffers_of, pattern_in
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["fitted"]
 
 
-def fitted(layer: SparseLayer, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def fitted(layer: SparseLayer, state_dict: Mapping[str, Any], prefix: str, assign: bool) -> dict[str, Any]:
     """The layer's entries of a state dict, in the layer's own terms; makes room for them in the layer.
+
+    `assign`: they take the place of the layer's tensors, which stay as they are.
 
     Raises SparsePropError before it changes anything if they do not fit.
     """
@@ -32,7 +35,7 @@ def fitted(layer: SparseLayer, state_dict: Mapping[str, Any], prefix: str) -> di
         own = _gathered(layer, own)
     pattern = _checked(layer, own)
     if pattern is not None:
-        _resize(layer, pattern)
+        _resize(layer, pattern, assign)
     return {prefix + key: entry for key, entry in own.items()}
 
 
@@ -98,13 +101,19 @@ def _same(one: Pattern, other: Pattern) -> bool:
     return type(one) is type(other) and devices[0] == devices[1] and one == other
 
 
-def _resize(layer: SparseLayer, pattern: Pattern) -> None:
-    """Make room for another pattern's entries; the Parameter stays the same object."""
+def _resize(layer: SparseLayer, pattern: Pattern, assign: bool) -> None:
+    """Make room for another pattern's entries; the Parameter stays the same object unless it is replaced."""
     wanted, held = buffers_of(pattern), buffers_of(layer._held)
     if {key: part.shape for key, part in wanted.items()} != {key: part.shape for key, part in held.items()}:
         device = layer.weight_shape.device
         layer._hold({key: torch.empty_like(part, device=device) for key, part in wanted.items()})
     values = layer.weight_values
-    if values.shape != (pattern.nnz,):
-        values.grad = None
-        values.data = values.data.new_empty(pattern.nnz)
+    if values.shape == (pattern.nnz,):
+        return
+    room = values.data.new_empty(pattern.nnz)
+    if assign:
+        layer.weight_values = Parameter(room, values.requires_grad)
+        return
+    values.grad = None
+    values.data = room
+    torch.autograd.graph.increment_version(values)  # a graph that holds them refuses its backward pass

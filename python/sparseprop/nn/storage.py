@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -11,7 +12,16 @@ from sparseprop.errors import SparsePropError
 from sparseprop.packed import PackedNM
 from sparseprop.pattern import SparsityPattern
 
-__all__ = ["PATTERN_KEYS", "Pattern", "buffers_of", "check_shape", "pattern_in", "plain", "store"]
+__all__ = [
+    "PATTERN_KEYS",
+    "Pattern",
+    "buffers_of",
+    "check_shape",
+    "fingerprint",
+    "pattern_in",
+    "plain",
+    "store",
+]
 
 Pattern = SparsityPattern | PackedNM
 _PLAIN_KEYS, _PACKED_KEYS = ("weight_row_ptr", "weight_col_idx"), ("weight_nm", "weight_nm_bits")
@@ -51,6 +61,18 @@ def store(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         module._buffers.pop(key, None)
     for key, tensor in buffers.items():
         module.register_buffer(key, tensor)
+
+
+def fingerprint(buffers: Mapping[str, Tensor | None]) -> int | None:
+    """A number that hardly another pattern in a module's buffers has; None if they are not on the CPU."""
+    code = 0
+    for key in PATTERN_KEYS:
+        tensor = buffers.get(key)
+        if tensor is not None:
+            if type(tensor) is not Tensor or not tensor.is_cpu:
+                return None
+            code = zlib.crc32(tensor.detach().contiguous().numpy().data, code)
+    return code
 
 
 def pattern_in(entries: Mapping[str, Tensor], weight_shape: tuple[int, ...]) -> Pattern | None:

@@ -14,7 +14,7 @@ from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.ops import eager, traced
 from sparseprop.ops.call import DTYPE_CODES, Call
-from sparseprop.ops.eligible import PLAIN_TYPES, kernels_may_read
+from sparseprop.ops.eligible import PLAIN_TYPES, kernels_may_read, refuse_differentiation, watched
 from sparseprop.ops.finish import Finish
 from sparseprop.ops.operator import Operator, operator_for
 
@@ -91,7 +91,11 @@ def apply(
             x = functional.pad(x, geometry.functional_padding(), mode=geometry.padding_mode)
             geometry = geometry.without_padding()
     x = _check(x, values, bias, index, geometry)
-    if is_compiling() or type(x) not in PLAIN_TYPES or type(values) not in PLAIN_TYPES or not x.is_cpu:
+    followed = is_compiling() or watched()
+    if followed and not is_compiling():
+        refuse_differentiation()
+    plain = type(x) in PLAIN_TYPES and type(values) in PLAIN_TYPES and x.is_cpu
+    if not plain or followed:
         result: Tensor = traced.contract(x, values, bias, head, index, geometry.to_ints())
         return result
     if operator is None:
@@ -144,8 +148,8 @@ def _recalled(operator: Operator, x: Tensor, values: Tensor, bias: Tensor | None
     if (
         call is None
         or values.dtype is not call.wide
-        or values.numel() != operator.nnz
-        or (bias is not None and (bias.dtype is not call.wide or bias.numel() != call.channels))
+        or values.shape != operator.values_shape
+        or (bias is not None and (bias.dtype is not call.wide or bias.shape != call.bias_shape))
         or not (x.is_cpu and values.is_cpu)
         or type(x) not in PLAIN_TYPES
         or type(values) not in PLAIN_TYPES
@@ -170,7 +174,7 @@ def apply_finished(
         or x.dim() != geometry.dims + 2
         or x.shape[1] != geometry.in_channels
         or not kernels_may_read(x, values, *([] if bias is None else [bias]))
-        or (bias is not None and bias.numel() != geometry.out_channels)
+        or (bias is not None and bias.shape != (geometry.out_channels,))
     ):
         return None
     operator.check_values(values)
@@ -192,6 +196,9 @@ def _run(operator: Operator, call: Call, x: Tensor, values: Tensor, bias: Tensor
 
 def _check(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, geometry: Geometry) -> Tensor:
     """`x`, cast as autocast wants it, after all checks that do not need the indices' contents."""
+    if x.is_nested or x.layout is not torch.strided:
+        form = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise SparsePropError(f"sparse layers take strided tensors, got {form}; pad, or use `.to_dense()`.")
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu") and values.dtype is torch.float32:
         wanted = torch.get_autocast_dtype("cpu")

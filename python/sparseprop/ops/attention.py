@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import PLAIN_TYPES, kernels_may_read
+from sparseprop.ops.kept import keep, kept
 from sparseprop.ops.parts import Parts, in_one
 
 __all__ = ["attention"]
@@ -135,13 +136,13 @@ class _Attention(Function):
     ) -> Tensor:
         query, key, value = inputs if parts is None else parts.of(inputs[0])
         out, log_sum = _forward(query, key, value, mask, causal, scale)
-        ctx.save_for_backward(mask, log_sum, *inputs)
+        keep(ctx, mask, log_sum, *inputs)
         ctx.parts, ctx.causal, ctx.scale = parts, causal, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, log_sum, *inputs = ctx.saved_tensors
+        mask, log_sum, *inputs = kept(ctx)
         if torch.is_grad_enabled():
             return (*(None,) * 4, *_differentiable(grad, ctx, mask, inputs))
         from sparseprop import _native as native

@@ -22,12 +22,13 @@ class Call:
 
     code: int  # of the dtype
     wide: torch.dtype  # of values and bias
-    channels: int  # of the output
+    bias_shape: tuple[int]
     batch: int
     in_size: tuple[int, int, int]
     padding: tuple[int, int, int]
     out_size: tuple[int, int, int]
     in_shape: torch.Size
+    in_memory: tuple[int, ...]  # torch's strides of the input
     out_shape: torch.Size
     in_strides: Five | None  # None: the input's leading dimensions are uneven, copy it
     layout: int  # of output and input gradient
@@ -57,12 +58,13 @@ def new_call(geometry: Geometry, nnz: int, x: Tensor) -> Call:
     return Call(
         code=DTYPE_CODES[x.dtype],
         wide=torch.float64 if x.dtype is torch.float64 else torch.float32,
-        channels=geometry.out_channels,
+        bias_shape=(geometry.out_channels,),
         batch=shape[0] if dims else math.prod(shape[:-1]),
         in_size=lift(size, 1),
         padding=lift([left for left, _ in geometry.padding], 0),
         out_size=lift(out_size, 1),
         in_shape=shape,
+        in_memory=x.stride(),
         out_shape=out_shape,
         in_strides=five_strides(shape, x.stride(), dims),
         layout=layout,

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
+from sparseprop.ops.kept import keep, kept
 from sparseprop.ops.norm import batch_norm
 from sparseprop.ops.owned import holders, is_own
 from sparseprop.ops.stage import Stage, addresses, running_arguments
@@ -105,14 +106,14 @@ class _Chain(Function):
         first: Stage | None, windows: WindowSpec, second: Stage,
     ) -> Tensor:  # fmt: skip
         out, known = _forward(x, first, weight, windows, second)
-        ctx.save_for_backward(x, weight1, bias1, weight, weight2, bias2, *known)
+        keep(ctx, x, weight1, bias1, weight, weight2, bias2, *known)
         ctx.specs = None if first is None else first.spec, windows, second.spec
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         own = is_own(holders(grad), grad)
-        x, weight1, bias1, weight, weight2, bias2, *known = ctx.saved_tensors
+        x, weight1, bias1, weight, weight2, bias2, *known = kept(ctx)
         first_spec, windows, second_spec = ctx.specs
         first = None if first_spec is None else Stage((None, None), weight1, bias1, first_spec)
         second = Stage((None, None), weight2, bias2, second_spec)

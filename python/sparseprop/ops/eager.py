@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sparseprop.ops.call import Call
+from sparseprop.ops.kept import require_kept
 from sparseprop.ops.layout import sum_channels
 from sparseprop.ops.operator import Operator
 from sparseprop.ops.owned import holders, is_own
@@ -101,12 +102,14 @@ class Backward(Function):
         if grad_of_x is not None:
             inner = operator.call_for(grad_of_x)
             if needs[0]:
+                require_kept("weight values", values, operator.values_shape, inner.wide)
                 d_grad = contract(grad_of_x, values, None, operator, inner)
             if needs[2]:
                 _, d_values = contract_backward(grad, grad_of_x, None, operator, inner, (False, True, False))
         if grad_of_values is not None:
             if needs[0]:
-                term = contract(x, grad_of_values, None, operator, call)
+                require_kept("input", x, call.in_shape, grad.dtype)
+                term = contract(x, grad_of_values, None, operator, operator.call_for(x))
                 d_grad = term if d_grad is None else d_grad + term
             if needs[1]:
                 d_x, _ = contract_backward(grad, None, grad_of_values, operator, call, (True, False, False))

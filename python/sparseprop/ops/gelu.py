@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
+from sparseprop.ops.kept import keep, kept
 
 __all__ = ["gelu"]
 
@@ -34,12 +35,12 @@ def _fits(x: Tensor) -> bool:
 class _Gelu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+        keep(ctx, x)
         return functional.gelu(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        (x,) = kept(ctx)
         if torch.is_grad_enabled():
             return cast(Tensor, torch.ops.aten.gelu_backward(grad, x))  # to be differentiated once more
         from sparseprop import _native as native

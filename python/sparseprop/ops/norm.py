@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sparseprop.ops.eligible import kernels_may_read
+from sparseprop.ops.kept import keep, kept
 from sparseprop.ops.owned import holders, is_own
 from sparseprop.ops.pool import max_pool2d
 from sparseprop.ops.stage import NormSpec, Stage, addresses, running_arguments
@@ -140,14 +141,14 @@ class _BatchNorm(Function):
         out, known = _forward(x, weight, bias, residual, running, spec, shape, taps)
         signs = out if spec.cap and residual is not None and any(needs) else None
         # not the residual: the signs of the sum say as much, and often nobody else keeps it
-        ctx.save_for_backward(x, weight, bias, known, signs, taps)
+        keep(ctx, x, weight, bias, known, signs, taps)
         ctx.spec, ctx.shape = spec, shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         own = is_own(holders(grad), grad)
-        x, weight, bias, known, signs, taps = ctx.saved_tensors
+        x, weight, bias, known, signs, taps = kept(ctx)
         if torch.is_grad_enabled():
             running = (None, None) if ctx.spec.training else (known[0], known[1] ** -2 - ctx.spec.eps)
             return (*_differentiable(grad, ctx, (x, weight, bias), running, signs), None, None, None)

@@ -15,7 +15,8 @@ from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.ops.call import Call, new_call
 from sparseprop.ops.finish import Finish
-from sparseprop.ops.layout import PLAIN, Five, dense_strides, five_strides, lift, plain, sum_channels
+from sparseprop.ops.kept import refuse_changed
+from sparseprop.ops.layout import PLAIN, Five, five_strides, lift, plain, sum_channels
 from sparseprop.packed import PackedNM
 from sparseprop.pattern import SparsityPattern
 
@@ -23,6 +24,7 @@ __all__ = ["Operator", "operator_for"]
 
 _MOST_CALLS = 256  # remembered per operator; more shapes than that do not repeat
 _ABSENT = (0, 0, 0, 0, 0)
+_batched = torch._C._functorch.is_legacy_batchedtensor
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -33,9 +35,10 @@ class Operator:
         self.geometry = geometry
         self.contraction: Any = _lower(geometry, head, index)
         self.nnz: int = self.contraction.nnz
+        self.values_shape = (self.nnz,)
         self._backend = backend.Contraction
         self._head, self._index = weakref.ref(head), weakref.ref(index)
-        self._versions = (_version(head), _version(index))
+        self._head_state, self._index_state = _state(head), _state(index)
         self._calls: dict[Any, Call] = {}
 
     def matches(self, head: Tensor, index: Tensor) -> bool:
@@ -44,14 +47,15 @@ class Operator:
             self._index() is index
             and self._head() is head
             and self._backend is backend.Contraction
-            and self._versions == (_version(head), _version(index))
+            and self._index_state == _state(index)
+            and self._head_state == _state(head)
         )
 
     def require_unchanged(self) -> None:
         """Refuse a backward pass whose pattern was overwritten since; kernels may borrow it."""
         head, index = self._head(), self._index()
-        if (head is not None and _version(head) != self._versions[0]) or (
-            index is not None and _version(index) != self._versions[1]
+        if (head is not None and _state(head) != self._head_state) or (
+            index is not None and _state(index) != self._index_state
         ):
             raise SparsePropError(
                 "the sparsity pattern was changed between forward and backward; run backward before changing "
@@ -60,14 +64,17 @@ class Operator:
 
     def check_values(self, values: Tensor) -> None:
         """Refuse values of another number or form than the pattern has."""
-        if values.shape != (self.nnz,):
+        if values.shape != self.values_shape:
             raise SparsePropError(
                 f"weight values must have shape ({self.nnz},) for this pattern, got {tuple(values.shape)}."
             )
 
     def recall(self, x: Tensor) -> Call | None:
         """The call for an input like one seen before, whose dtype and channels were right."""
-        return self._calls.get((x.shape, x.stride(), x.dtype))
+        try:
+            return self._calls.get((x.shape, x.stride(), x.dtype))
+        except RuntimeError:  # a tensor without: sparse or nested
+            return None
 
     def call_for(self, x: Tensor) -> Call:
         """The call for an input of right dtype and channels, worked out once per shape and strides."""
@@ -93,11 +100,11 @@ class Operator:
             return out.zero_() if bias is None else out.copy_(bias.view(-1, *(1,) * self.geometry.dims))
         x_strides = call.in_strides
         if x_strides is None or x.is_neg():
-            x, x_strides = plain(x), self._plain_strides(call)
-        if not values.is_contiguous():
-            values = values.contiguous()
-        if bias is not None and not bias.is_contiguous():
-            bias = bias.contiguous()
+            x, x_strides = self._readable(x)
+        if not values.is_contiguous() or values.is_neg():
+            values = _row(values)
+        if bias is not None and (not bias.is_contiguous() or bias.is_neg()):
+            bias = _row(bias)
         finishing = () if finish is None else (finish.arguments(self.geometry.dims),)
         self.contraction.forward(
             call.code,
@@ -131,6 +138,11 @@ class Operator:
         input's shape and dtype, becomes part of the input gradient, which may `overwrite` it.
         """
         self.require_unchanged()
+        if _batched(grad):
+            raise SparsePropError(
+                "sparse layers cannot take a batch of gradients (is_grads_batched, vectorize=True); take one "
+                "after the other."
+            )
         grad_values = grad_bias = None
         reuse = added if overwrite and not call.trivial else None
         grad_x = self._input_gradient(call, grad, reuse) if needs[0] else None
@@ -149,11 +161,16 @@ class Operator:
             grad, grad_strides = self._readable(grad)
         x_strides: Five | None = _ABSENT
         if x is not None and needs[1]:
-            x_strides = call.in_strides
+            if x.shape != call.in_shape or x.dtype is not grad.dtype or not x.is_cpu:
+                refuse_changed("input", x, call.in_shape, grad.dtype)
+            x_strides = call.in_strides if x.stride() == call.in_memory else None
             if x_strides is None or x.is_neg():
-                x, x_strides = plain(x), self._plain_strides(call)
-        if values is not None and not values.is_contiguous():
-            values = values.contiguous()
+                x, x_strides = self._readable(x)
+        if values is not None:
+            if values.shape != self.values_shape or values.dtype is not call.wide or not values.is_cpu:
+                refuse_changed("weight values", values, self.values_shape, call.wide)
+            if not values.is_contiguous() or values.is_neg():
+                values = _row(values)
         self.contraction.backward(
             call.code,
             call.batch,
@@ -192,10 +209,6 @@ class Operator:
         assert strides is not None
         return tensor, strides
 
-    def _plain_strides(self, call: Call) -> Five | None:
-        dims = self.geometry.dims
-        return five_strides(call.in_shape, dense_strides(call.in_shape, PLAIN, dims), dims)
-
     def _trivial_gradients(
         self,
         grad: Tensor,
@@ -212,8 +225,17 @@ class Operator:
         return grad_x if added is None else added, grad_values, grad_bias
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors keep no count
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Another one once the tensor was written to or, as `share_memory_` does, moved."""
+    try:
+        return tensor._version, tensor.data_ptr()
+    except RuntimeError:  # inference tensors keep no count
+        return -1, tensor.data_ptr()
+
+
+def _row(tensor: Tensor) -> Tensor:
+    """Values or a bias as the kernels read them."""
+    return tensor.resolve_neg().contiguous()
 
 
 def _lower(geometry: Geometry, head: Tensor, index: Tensor) -> Any:

@@ -67,4 +67,5 @@ def is_own(found: tuple[int, int, int] | None, grad: Tensor) -> bool:
     if found is None or type(grad) is not Tensor or torch.is_grad_enabled():
         return False
     watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return not watched and found == _alone()
+    # memory that torch did not allocate, such as numpy's, may have an owner whom nobody counts
+    return not watched and found == _alone() and grad.untyped_storage().resizable()

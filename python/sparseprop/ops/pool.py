@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
+from sparseprop.ops.kept import keep, kept
 from sparseprop.ops.windows import WindowSpec, empty_result, native_windows, windows_fit
 
 __all__ = ["max_pool2d"]
@@ -46,13 +47,13 @@ class _MaxPool(Function):
     def forward(ctx: Any, x: Tensor, spec: WindowSpec) -> Tensor:
         taps = torch.empty(empty_result(x, spec).shape, dtype=torch.uint8)
         out = _forward(x, spec, taps)
-        ctx.save_for_backward(taps)
+        keep(ctx, taps)
         ctx.size, ctx.spec = x.shape, spec
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (taps,) = ctx.saved_tensors
+        (taps,) = kept(ctx)
         if torch.is_grad_enabled():
             return _differentiable(grad, taps, ctx.size, ctx.spec), None
         from sparseprop import _native as native

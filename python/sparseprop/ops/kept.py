@@ -1,0 +1,58 @@
+"""Tensors that a forward pass leaves to its backward pass.
+
+Hooks on saved tensors, or `.data`, may have changed their form since, and kernels read addresses. Torch
+itself notices only writing in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from sparseprop.errors import SparsePropError
+
+__all__ = ["keep", "kept", "refuse_changed", "require_kept"]
+
+_Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+def require_kept(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse a tensor of another shape, dtype or device than the forward pass had.
+
+    >>> require_kept("input", torch.ones(2), (2,), torch.float32)
+    """
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
+        refuse_changed(what, tensor, shape, dtype)
+
+
+def refuse_changed(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> NoReturn:
+    """Raise what `require_kept` raises."""
+    raise SparsePropError(
+        f"the {what} kept for the backward pass had shape {tuple(shape)} and dtype {dtype} on the CPU, "
+        f"got {tuple(tensor.shape)} and {tensor.dtype} on {tensor.device}: something replaced it after "
+        "the forward pass (`.data`, `module.to`, a hook on saved tensors); run backward before that, or "
+        "forward again."
+    )
+
+
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, with what the tensors look like."""
+    ctx.save_for_backward(*tensors)
+    ctx.forms = [None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors]
+
+
+def kept(ctx: Any) -> list[Any]:
+    """`ctx.saved_tensors` as `keep` found them; copied where their strides have changed."""
+    return [_as_kept(each, form) for each, form in zip(ctx.saved_tensors, ctx.forms, strict=True)]
+
+
+def _as_kept(tensor: Tensor | None, form: _Form | None) -> Tensor | None:
+    if tensor is None or form is None:
+        return None
+    shape, strides, dtype = form
+    require_kept("tensor", tensor, shape, dtype)
+    if tensor.stride() == strides and not tensor.is_neg():
+        return tensor
+    return tensor.new_empty_strided(shape, strides).copy_(tensor)
