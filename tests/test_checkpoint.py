@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from checkpoint_cases import BAD_PATTERNS, sparse_state
 from sparseprop.checkpoint import (
     atomic_write,
     load_checkpoint,
@@ -20,70 +21,13 @@ from sparseprop.checkpoint import (
     swap_like,
 )
 from sparseprop.errors import SparsePropError
-from sparseprop.nn import SparseConv2d, SparseLinear
+from sparseprop.nn import SparseConv2d
 from swap_cases import assert_same_state, small_cnn, small_sparse_cnn
-
-
-def _spoil(key: str, change):
-    def spoil(state: dict) -> None:
-        if change is None:
-            del state[key]
-        else:
-            state[key] = change(state[key].clone())
-
-    return spoil
-
-
-def _set(index: int, value: int):
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        tensor[index] = value
-        return tensor
-
-    return change
-
-
-BAD_PATTERNS = {
-    "no row_ptr": (_spoil("0.weight_row_ptr", None), "'0' has a bad pattern: .* weight_row_ptr is missing"),
-    "no col_idx": (_spoil("0.weight_col_idx", None), "'0' has a bad pattern: .* weight_col_idx is missing"),
-    "no shape": (_spoil("0.weight_shape", None), "'0' is incomplete: '0.weight_shape' is missing"),
-    "column too large": (
-        _spoil("0.weight_col_idx", _set(-1, 8)),
-        r"'0' has a bad pattern: col_idx is out of range",
-    ),
-    "column negative": (
-        _spoil("0.weight_col_idx", _set(0, -1)),
-        r"'0' has a bad pattern: col_idx is out of range",
-    ),
-    "unsorted": (
-        _spoil("0.weight_col_idx", lambda index: index.flip(0)),
-        "'0' has a bad pattern: col_idx must",
-    ),
-    "duplicate": (_spoil("0.weight_col_idx", _set(1, 0)), "'0' has a bad pattern: .* duplicate column"),
-    "rows fall": (_spoil("0.weight_row_ptr", _set(1, 99)), "'0' has a bad pattern: row_ptr must rise"),
-    "rows start late": (_spoil("0.weight_row_ptr", _set(0, 1)), "'0' has a bad pattern: row_ptr must rise"),
-    "rows end early": (
-        _spoil("0.weight_row_ptr", lambda p: p[:-1]),
-        "'0' has a bad pattern: row_ptr must have",
-    ),
-    "float indices": (
-        _spoil("0.weight_col_idx", torch.Tensor.float),
-        "'0' has a bad pattern: col_idx must be",
-    ),
-    "values cut": (
-        _spoil("0.weight_values", lambda v: v[:-1]),
-        r"'0' has values of shape \(63,\) for a pattern of 64",
-    ),
-    "shape negative": (_spoil("0.weight_shape", _set(0, -8)), "'0' has a bad pattern: weight_shape is"),
-    "shape no shape": (
-        _spoil("0.weight_shape", torch.Tensor.float),
-        "'0' has a bad pattern: weight_shape is",
-    ),
-}
 
 
 @pytest.mark.parametrize(("spoil", "message"), BAD_PATTERNS.values(), ids=BAD_PATTERNS)
 def test_bad_patterns_are_refused_by_name_before_a_kernel_sees_them(tmp_path, spoil, message):
-    state = dict(nn.Sequential(SparseLinear.random(8, 8, density=1.0)).state_dict())
+    state = sparse_state()
     spoil(state)
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(SparsePropError, match=message):
@@ -128,6 +72,8 @@ def test_tied_strided_and_sliced_tensors_survive_a_file(tmp_path):
         "also empty": torch.empty(0, 3),
         "scalar": torch.tensor(3, dtype=torch.int64),
         "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "complex": (waves := torch.randn(3, dtype=torch.complex64)),
+        "conjugate": waves.conj(),
     }
     path = tmp_path / "model.safetensors"
     save_checkpoint(state, path)
@@ -229,14 +175,29 @@ def test_files_are_readable_by_others_and_links_are_followed(tmp_path):
     assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
 
 
+FILE = "model.safetensors"
+ONE = torch.ones(1)
+WHAT_CANNOT_BE_SAVED = {
+    "no tensor": ({"a": 3}, FILE, None, "A checkpoint holds tensors, got a int for 'a'"),
+    "no name": ({1: ONE}, FILE, None, "holds tensors by name, got 1 for a name; use text"),
+    "sparse": (
+        {"a": ONE.to_sparse()},
+        FILE,
+        None,
+        "got layout torch.sparse_coo for 'a'; use its .to_dense",
+    ),
+    "no values": ({"a": ONE.to("meta")}, FILE, None, r"got one without values \(device meta\) for 'a'"),
+    "no folder": ({"a": ONE}, f"no/folder/{FILE}", None, "cannot be written: .*No such file"),
+    "metadata no text": ({"a": ONE}, FILE, {"epoch": 3}, "metadata must be text by name, got 3 for 'epoch'"),
+    "metadata no name": ({"a": ONE}, FILE, {3: "3"}, "metadata must be text by name, got '3' for 3"),
+    "metadata ours": ({"a": ONE}, FILE, {"sparseprop": "0"}, "metadata cannot be named 'sparseprop'"),
+}
+
+
 @pytest.mark.parametrize(
-    ("state", "name", "message"),
-    [
-        ({"a": 3}, "model.safetensors", "A checkpoint holds tensors, got a int for 'a'"),
-        ({"a": torch.ones(1)}, "no/folder/model.safetensors", "cannot be written: .*No such file"),
-    ],
+    ("state", "name", "metadata", "message"), WHAT_CANNOT_BE_SAVED.values(), ids=WHAT_CANNOT_BE_SAVED
 )
-def test_what_cannot_be_saved_is_refused(tmp_path, state, name, message):
+def test_what_cannot_be_saved_is_refused(tmp_path, state, name, metadata, message):
     with pytest.raises(SparsePropError, match=message):
-        save_checkpoint(state, tmp_path / name)
+        save_checkpoint(state, tmp_path / name, metadata=metadata)
     assert list(tmp_path.iterdir()) == []

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import sparseprop
+from cli_cases import call
 from job_cases import image_folder
 from sparseprop.checkpoint import save_checkpoint
-from sparseprop.cli import app
-from sparseprop.masks import nm_mask
 from sparseprop.swap.machines import INTEL
 from sparseprop.train import Progress, loop, report
 
@@ -30,13 +28,6 @@ def _short_timing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(report, "_TIMING_S", 0.05)
     monkeypatch.setattr(report, "_measured", lambda plan, *_: plan)
     monkeypatch.chdir(tmp_path)
-
-
-def call(command: str) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error."""
-    done = CliRunner().invoke(app, command.split())
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, done.stdout, done.stderr
 
 
 def truncated_checkpoint(folder: Path) -> None:
@@ -81,6 +72,15 @@ def used_folder(folder: Path) -> None:
         (nothing, "finetune --sparsity 1.2", "sparsity must be between 0 and 1, such as 0.9; got 1.2"),
         (nothing, "plan small --sparsity 7", "sparsity must be between 0 and 1, such as 0.9; got 7.0"),
         (nothing, "plan small --batch-size 0", "batch size must be 1 or more; got 0"),
+        (nothing, "plan small --image-size 0", "image size must be 1 or more; got 0"),
+        (nothing, "plan small --image-size -3", "image size must be 1 or more; got -3"),
+        (nothing, "profile small --image-size 0", "image size must be 1 or more; got 0"),
+        (nothing, "profile small --threads 0", "threads must be 1 or more; got 0"),
+        (nothing, "profile small --threads -2", "threads must be 1 or more; got -2"),
+        (nothing, "profile small --steps 0", "steps must be 1 or more; got 0"),
+        (nothing, "profile small --top -1", "top must be 0 or more; got -1"),
+        (nothing, "profile small --png no/shot.png", "the folder no is missing; make it first"),
+        (empty_data, "profile small --png pets", "the output pets is a folder; expected the name of a file"),
         (nothing, "finetune --sparsity 0.1 --source none", "no layer of the model would become sparse"),
         (nothing, "finetune --model no.safetensors", "there is no checkpoint no.safetensors"),
         (truncated_checkpoint, "finetune --model model.safetensors", "cannot be read"),
@@ -211,29 +211,6 @@ def test_plan_prints_a_table_or_json() -> None:
     assert "8 of 10 layers become sparse" in table
     _, text, _ = call("plan small:32 --sparsity 0.9 --min-sparsity 0.5 --no-measure --json")
     assert len(sparseprop.SwapPlan.from_json(text).sparse_names) == 8
-
-
-def test_inspect_describes_every_form_of_weight(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 64), nn.Conv2d(4, 2, 3))
-    with torch.no_grad():
-        model[0].weight.mul_(nm_mask(model[0].weight.abs(), 2, 4))
-        model[1].weight[:, 4:] = 0
-    sparseprop.swap_modules(model, min_sparsity=0.7)
-    save_checkpoint(model, tmp_path / "model.safetensors")
-    status, text, _ = call("inspect model.safetensors --json")
-    assert status == 0
-    layers = {layer["name"]: layer for layer in json.loads(text)["layers"]}
-    assert [(layer["form"], layer["shape"]) for layer in layers.values()] == [
-        ("dense", [16, 32]),
-        ("sparse", [64, 16]),
-        ("dense", [2, 4, 3, 3]),
-    ]
-    assert [layer["nnz"] for layer in layers.values()] == [256, 256, 72]
-    assert layers["0"]["pattern"].startswith("2:4")
-    assert layers["0"]["bytes"] == 16 * 32 * 4
-    status, table, _ = call("inspect model.safetensors")
-    assert "2:4" in table
-    assert "25.00 %" in table
 
 
 def test_info_names_isa_threads_and_versions() -> None:

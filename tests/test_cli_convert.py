@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
+from torch.nn.utils import prune
 
 import sparseprop
+from cli_cases import call
+from job_cases import image_folder
 from sparseprop.checkpoint import load_checkpoint, save_checkpoint
-from sparseprop.cli import app
 from sparseprop.conversion import ConversionReport
 from sparseprop.masks import check_nm, nm_mask
 from sparseprop.train.checkpoint import load_tensors, save_tensors
@@ -26,14 +27,10 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     note = {"spec": dataclasses.asdict(SPEC)}
     save_tensors(tmp_path / "model.safetensors", build_model(SPEC).state_dict(), note)
     save_checkpoint(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3)), tmp_path / "plain.safetensors")
+    masked = sparseprop.mask_modules(nn.Sequential(nn.Linear(16, 16)), "2:4")
+    save_checkpoint(masked, tmp_path / "masked.safetensors")
     sparse = sparseprop.swap_modules(nn.Sequential(nn.Linear(16, 16)), min_sparsity=0.0)
     save_checkpoint(sparse, tmp_path / "sparse.safetensors")
-
-
-def call(command: str) -> tuple[int, str, str]:
-    done = CliRunner().invoke(app, command.split())
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, done.stdout, done.stderr
 
 
 def test_mask_needs_no_architecture_and_keeps_the_rest():
@@ -61,6 +58,28 @@ def test_mask_skips_by_name_and_says_why_others_stay():
     assert check_nm(tensors["stages.0.conv1.weight"] != 0, 4, 8, transposable=True)
 
 
+def test_mask_says_that_transposable_convolutions_are_taken_for_one_group():
+    save_checkpoint(nn.Sequential(nn.Conv2d(16, 12, 3, groups=2)), "grouped.safetensors")
+    _, out, _ = call("mask grouped.safetensors --pattern 2:4T --out m.safetensors")
+    assert "hold where these have one group, which a checkpoint does not say" in out
+    _, out, err = call("mask grouped.safetensors --pattern 2:4T --out m.safetensors --json")
+    assert ConversionReport.from_json(out).converted
+    assert "one group" in err
+    for command in ("mask grouped.safetensors --pattern 2:4", "mask plain.safetensors --pattern 2:4T"):
+        _, out, err = call(f"{command} --out m.safetensors")
+        assert "one group" not in out + err
+
+
+def test_mask_leaves_weights_of_8_bits_and_says_so():
+    small = torch.rand(8, 8).to(torch.float8_e4m3fn)
+    save_checkpoint({"a.weight": small, "b.weight": torch.rand(8, 8)}, "eight.safetensors")
+    status, out, _ = call("mask eight.safetensors --pattern 2:4 --out m.safetensors --json")
+    assert status == 0
+    report = ConversionReport.from_json(out)
+    assert report["a.weight"].reason == "torch.float8_e4m3fn, wanted 16 bits or more"
+    assert report.converted == ("b.weight",)
+
+
 def test_convert_writes_a_checkpoint_that_fits_the_architecture():
     command = (
         "convert model.safetensors --pattern 2:4 --out converted.safetensors --data digits --batches 4 "
@@ -77,6 +96,42 @@ def test_convert_writes_a_checkpoint_that_fits_the_architecture():
     assert check_nm(model.stages[1].conv2.weight != 0, 2, 4)
     assert not torch.equal(model.bn.running_mean, torch.zeros(8))
     assert Path("converted.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_convert_keeps_the_classifier_when_the_images_are_of_other_classes(noted: bool):
+    image_folder(Path("pets"), count=5)
+    seven = dataclasses.replace(SPEC, num_classes=7)
+    before = build_model(seven).state_dict()
+    save_tensors(Path("seven.safetensors"), before, {"spec": dataclasses.asdict(seven)} if noted else {})
+    command = "convert seven.safetensors --arch small:8 --image-size 8 --pattern 2:4 --out c.safetensors"
+    status, out, _ = call(f"{command} --data pets --batches 2 --no-reconstruct")
+    assert status == 0
+    assert "held-out accuracy: not measured: seven.safetensors has 7 classes, pets 2" in out
+    after, note = load_tensors(Path("c.safetensors"))
+    assert note["spec"]["num_classes"] == 7
+    kept = after["head.weight"] != 0
+    assert torch.equal(after["head.weight"], before["head.weight"] * kept)
+    assert torch.equal(after["head.bias"], before["head.bias"])
+
+
+@pytest.mark.parametrize("form", ["masked", "pruned", "sparse"])
+def test_convert_takes_layers_in_every_form(form: str):
+    model = build_model(SPEC)
+    if form == "masked":
+        model = sparseprop.mask_modules(model, "2:4")
+    else:
+        layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        for layer in layers[1:]:
+            prune.l1_unstructured(layer, "weight", 0.5)
+        model = model if form == "pruned" else sparseprop.swap_modules(model, min_sparsity=0.4)
+    save_checkpoint(model, "formed.safetensors")
+    command = "convert formed.safetensors --arch small:8 --image-size 8 --pattern 1:4 --out c.safetensors"
+    status, _, err = call(f"{command} --data digits --batches 2")
+    assert status == 0, err
+    tensors, _ = load_tensors(Path("c.safetensors"))
+    assert tensors["head.weight"].shape == (10, 128)
+    assert check_nm(tensors["stages.1.conv2.weight"] != 0, 1, 4)
 
 
 def test_json_stands_alone_on_standard_output():
@@ -109,6 +164,10 @@ def test_json_stands_alone_on_standard_output():
             "mask sparse.safetensors --pattern 2:4 --out m.safetensors",
             "holds sparse or pruned layers; expected",
         ),
+        (
+            "mask masked.safetensors --pattern 1:4 --out m.safetensors",
+            "holds sparse or pruned layers; expected",
+        ),
         ("convert plain.safetensors --pattern 2:4 --out m.safetensors --data digits", "pass it with --arch"),
         (
             "convert model.safetensors --pattern 2:4 --out m.safetensors --data here",
@@ -116,7 +175,11 @@ def test_json_stands_alone_on_standard_output():
         ),
         (
             "convert model.safetensors --pattern 2:4 --out m.safetensors --data digits --batches 0",
-            "batches and batch size must be 1 or more",
+            "batches must be 1 or more; got 0",
+        ),
+        (
+            "convert model.safetensors --pattern 2:4 --out m.safetensors --data digits --image-size 0",
+            "image size must be 1 or more; got 0",
         ),
         (
             "convert model.safetensors --pattern 2:4 --out m.safetensors --data digits --score size",

@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from job_cases import image_folder
 from sparseprop.data import augment, batch_order, load_data, mix_seed
@@ -106,6 +108,13 @@ def _single_images(root: Path) -> Path:
     return image_folder(root / "d", count=1)
 
 
+def _single_image_of_a_class(root: Path) -> Path:
+    image_folder(root / "d", classes=("cat", "cow", "dog"), count=5)
+    for number in range(1, 5):
+        (root / "d" / "cow" / f"{number}.png").unlink()
+    return root / "d"
+
+
 def _parts_differ(root: Path) -> Path:
     image_folder(root / "train")
     image_folder(root / "val", classes=("cat", "cow"))
@@ -120,7 +129,8 @@ def _parts_differ(root: Path) -> Path:
         (_empty, "has 0 subfolders; expected one subfolder of images per class"),
         (_one_class, "has 1 subfolders"),
         (_class_without_images, "has no images in fish"),
-        (_single_images, "one image per class; expected at least two"),
+        (_single_images, "has a single image in cat, dog; expected two or more"),
+        (_single_image_of_a_class, "has a single image in cow; expected two or more"),
         (_parts_differ, "differ (cow, dog); expected the same subfolders in both"),
     ],
 )
@@ -139,15 +149,64 @@ def test_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytes
         load_data(str(tmp_path), image_size=8, channels=3)
 
 
-def test_broken_picture_is_named(tmp_path: Path) -> None:
+def _cut(png: bytes) -> bytes:
+    return png[:40]
+
+
+def _pixels_in_two(png: bytes) -> bytes:
+    """The block of pixels says it is shorter than it is; what follows is no block."""
+    at = png.index(b"IDAT") - 4
+    length = int.from_bytes(png[at : at + 4], "big") - 8
+    return png[:at] + length.to_bytes(4, "big") + png[at + 4 :]
+
+
+@pytest.mark.parametrize("damage", [_cut, _pixels_in_two])
+def test_broken_picture_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     folder = image_folder(tmp_path / "d")
-    (folder / "cat" / "0.png").write_bytes((folder / "cat" / "1.png").read_bytes()[:40])
+    (folder / "cat" / "0.png").write_bytes(damage((folder / "cat" / "1.png").read_bytes()))
     for part in ("train", "val"):  # so that it is known which split the picture is in
         shutil.copytree(folder, tmp_path / part)
     shutil.rmtree(folder)
     data = load_data(str(tmp_path), image_size=8, channels=3)
     with pytest.raises(SparsePropError, match=r"cannot read the image .*0\.png"):
         data.test.fetch(torch.arange(8))
+
+
+def read_back(root: Path, *names: str) -> list[torch.Tensor]:
+    """What a data set makes of these pictures in `root`, in grey, 8x8."""
+    for part in ("train", "val"):
+        for name in names:
+            (root / part / name).mkdir(parents=True)
+            shutil.copy(root / name, root / part / name)
+    return list(load_data(str(root), image_size=8, channels=1).test.fetch(torch.arange(len(names))))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_grey_of_16_bits_keeps_its_whole_range(tmp_path: Path, suffix: str) -> None:
+    ramp = np.arange(64).reshape(8, 8) * 4
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray((ramp * 257).astype(np.uint16)).save(tmp_path / f"b.{suffix}")
+    of_8_bits, of_16_bits = read_back(tmp_path, "a.png", f"b.{suffix}")
+    assert torch.equal(of_8_bits, of_16_bits)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_pictures_are_turned_as_their_exif_says(tmp_path: Path, suffix: str) -> None:
+    upright = Image.fromarray((np.arange(96).reshape(12, 8) * 2).astype(np.uint8))
+    upright.save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise by a quarter
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    options = {"lossless": True} if suffix == "webp" else {}
+    turned.save(tmp_path / f"b.{suffix}", exif=exif, **options)
+    assert torch.equal(*read_back(tmp_path, "a.png", f"b.{suffix}"))
+
+
+def test_broken_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
+    picture = Image.new("L", (8, 8), 99)
+    picture.save(tmp_path / "a.png")
+    picture.convert("RGB").save(tmp_path / "b.webp", lossless=True, exif=b"Exif\0\0neither end")
+    assert torch.equal(*read_back(tmp_path, "a.png", "b.webp"))
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

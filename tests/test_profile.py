@@ -296,6 +296,8 @@ def test_a_profile_prints_and_survives_json():
     assert lines[-1] == "Net, input 8x3x32x32, 2 threads, avx512: 4.00x dense speed"
     assert "block.3" in found.table(top=1)
     assert "block.2" not in found.table(top=1)
+    with pytest.raises(SparsePropError, match="top must be 0 or more, got -1"):
+        found.table(top=-1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "layers": [{}]}', None])

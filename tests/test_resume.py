@@ -152,16 +152,26 @@ def test_resume_needs_a_run_that_is_not_finished(whole: FinetuneResult, tmp_path
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("truncate", "cannot be read"), ("flip", "checksum"), ("config", "is not the configuration of a run")],
+    [
+        ("truncate", "cannot be read"),
+        ("flip", "checksum"),
+        ("config", "is not the configuration of a run"),
+        ("encoding", "is not the configuration of a run: 'utf-8' codec can't decode"),
+    ],
 )
 def test_damaged_run_is_refused(tmp_path: Path, damage: str, message: str) -> None:
     with pytest.raises(Killed):
         finetune(small_job(tmp_path / "run"), progress=kill_at("prune", 7))
-    path = tmp_path / "run" / ("config.json" if damage == "config" else "checkpoint.safetensors")
+    in_config = damage in ("config", "encoding")
+    path = tmp_path / "run" / ("config.json" if in_config else "checkpoint.safetensors")
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[-5] ^= 1
-    path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    elif damage == "encoding":
+        content[9] = 0xE9  # an accent in Latin-1
+    else:
+        del content[len(content) // 2 :]
+    path.write_bytes(content)
     with pytest.raises(SparsePropError, match=message):
         resume(tmp_path / "run")
 

@@ -50,11 +50,11 @@ def save_checkpoint(
     Args:
         model: a model, swapped or not, or a state dict.
         path: the file; what was there before is replaced in one step.
-        metadata: free text to keep beside the tensors.
+        metadata: free text to keep beside the tensors, by any name but "sparseprop".
 
     Raises:
-        SparsePropError: the file cannot be written (no room, no folder, no permission), or the state dict
-            holds something that is no tensor.
+        SparsePropError: the file cannot be written (no room, no folder, no permission), the metadata is no
+            text, or the state dict holds something else than dense tensors with values, by name.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -63,13 +63,14 @@ def save_checkpoint(
     {'epoch': '3'}
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
+    _check_metadata(metadata or {})
     tensors: dict[str, torch.Tensor] = {}
     first_name: dict[object, str] = {}
     shared: dict[str, str] = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise SparsePropError(f"A checkpoint holds tensors, got a {type(tensor).__name__} for {name!r}.")
-        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        check_tensor(name, tensor)
+        signs = (tensor.is_conj(), tensor.is_neg())
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, signs)
         if tensor.numel() and view in first_name:
             shared[name] = first_name[view]
             continue
@@ -132,6 +133,31 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
+def check_tensor(name: object, tensor: object) -> None:
+    """Raise `SparsePropError` unless this entry of a state dict is one that a file can hold."""
+    if not isinstance(name, str):
+        raise SparsePropError(f"A checkpoint holds tensors by name, got {name!r} for a name; use text.")
+    if not isinstance(tensor, torch.Tensor):
+        raise SparsePropError(f"A checkpoint holds tensors, got a {type(tensor).__name__} for {name!r}.")
+    if tensor.layout is not torch.strided:
+        odd, advice = f"layout {tensor.layout}", "use its .to_dense()"
+    elif tensor.is_meta:
+        odd, advice = "one without values (device meta)", "give it values first"
+    elif tensor.is_quantized:
+        odd, advice = f"quantized ones ({tensor.dtype})", "use its .dequantize()"
+    else:
+        return
+    raise SparsePropError(f"A checkpoint holds dense tensors, got {odd} for {name!r}; {advice}.")
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise SparsePropError(f"metadata must be text by name, got {value!r} for {key!r}; use str().")
+        if key == _HEADER:
+            raise SparsePropError(f"metadata cannot be named {key!r}: the file keeps its own notes there.")
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; on success it takes the place of `path` in one step.
@@ -177,7 +203,7 @@ def _why(error: Exception) -> str:
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """safetensors refuses views and odd strides."""
+    """safetensors refuses views and odd strides, and does not see that a tensor is a conjugate."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    tensor = tensor.detach()
     return tensor if whole and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)

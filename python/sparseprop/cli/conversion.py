@@ -4,6 +4,7 @@ from pathlib import Path
 
 import typer
 
+from sparseprop.cli.options import check_file
 from sparseprop.conversion import ConversionReport
 from sparseprop.conversion.plot import write_plot
 from sparseprop.errors import SparsePropError
@@ -12,14 +13,13 @@ __all__ = ["check_out", "show_report"]
 
 
 def check_out(out: Path, plot: Path | None) -> None:
-    """Refuse early, before minutes of work, what could not be written at the end."""
+    """Refuse early what could not be written at the end, or has another ending than what is written."""
     for path, suffix in ((out, ".safetensors"), (plot, ".png")):
         if path is None:
             continue
         if path.suffix != suffix:
             raise SparsePropError(f"the output {path} got another ending; expected {suffix}; rename it")
-        if not path.parent.is_dir():
-            raise SparsePropError(f"the folder {path.parent} is missing; make it first")
+        check_file(path)
 
 
 def show_report(report: ConversionReport, out: Path, plot: Path | None, *, as_json: bool) -> None:

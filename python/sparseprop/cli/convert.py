@@ -10,13 +10,13 @@ from torch import Tensor, nn
 import sparseprop
 from sparseprop.cli.console import guarded
 from sparseprop.cli.conversion import check_out, show_report
-from sparseprop.cli.options import Arch, AsJson, Checkpoint, ImageSize, Out, Pattern, Plot
+from sparseprop.cli.options import Arch, AsJson, Checkpoint, ImageSize, Out, Pattern, Plot, check_at_least
 from sparseprop.conversion import ConvertProgress
 from sparseprop.data import ImageData, batch_order, in_order, load_data
 from sparseprop.errors import SparsePropError
 from sparseprop.train.checkpoint import save_tensors
 from sparseprop.train.models import ModelSpec, default_image_size
-from sparseprop.train.start import load_model, read_checkpoint
+from sparseprop.train.start import load_model, read_checkpoint, with_own_classes
 
 __all__ = ["convert"]
 
@@ -41,15 +41,17 @@ def convert(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give a trained network an N:M pattern and mend it without training, from a few batches of images."""
-    if batches < 1 or batch_size < 1:
-        raise SparsePropError(f"batches and batch size must be 1 or more; got {batches} and {batch_size}")
+    """Give a trained network an N:M pattern and mend it without training, from a few batches of images.
+
+    The images need no labels that the network knows; where they have them, accuracies are measured.
+    """
+    check_at_least(1, batches=batches, batch_size=batch_size, image_size=image_size)
     check_out(out, plot)
     tensors, note = read_checkpoint(checkpoint)
     spec, images = _setting(tensors, note.get("spec", {}), checkpoint, data, arch, image_size)
     model, _ = load_model(spec, tensors, where=checkpoint)
     order = batch_order(len(images.train.labels), batch_size, seed=seed, epoch=0)[:batches]
-    before = _accuracy(model, images)
+    before = _accuracy(model, images, spec)
     report = sparseprop.convert(
         model,
         pattern,
@@ -62,9 +64,12 @@ def convert(
     )
     save_tensors(out, model.state_dict(), {**note, "spec": dataclasses.asdict(spec)})
     show_report(report, out, plot, as_json=as_json)
-    typer.echo(
-        f"held-out accuracy: {before:.2f} % before, {_accuracy(model, images):.2f} % after", err=as_json
-    )
+    after = _accuracy(model, images, spec)
+    if before is None or after is None:
+        outcome = f"not measured: {checkpoint} has {spec.num_classes} classes, {data} {len(images.classes)}"
+    else:
+        outcome = f"{before:.2f} % before, {after:.2f} % after"
+    typer.echo(f"held-out accuracy: {outcome}", err=as_json)
 
 
 def _setting(
@@ -82,7 +87,8 @@ def _setting(
     channels = int(str(known.get("channels") or (3 if first is None else first.shape[1])))
     size = image_size or int(str(known.get("image_size") or default_image_size(name)))
     images = load_data(data, image_size=size, channels=channels)
-    return ModelSpec(name, len(images.classes), channels, size), images
+    classes = int(str(known.get("num_classes") or len(images.classes)))
+    return with_own_classes(ModelSpec(name, classes, channels, size), tensors), images
 
 
 def _tell(news: ConvertProgress) -> None:
@@ -90,7 +96,10 @@ def _tell(news: ConvertProgress) -> None:
         typer.echo(f"{news.done + 1:>4} of {news.total}  {news.layer}", err=True)
 
 
-def _accuracy(model: nn.Module, images: ImageData) -> float:
+def _accuracy(model: nn.Module, images: ImageData, spec: ModelSpec) -> float | None:
+    """None if the labels are not those of the model; calibration needs none."""
+    if len(images.classes) != spec.num_classes:
+        return None
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in in_order(images.test, 256))

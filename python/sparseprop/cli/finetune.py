@@ -34,8 +34,8 @@ def finetune(
         str, _option("digits, mnist5k, or a folder with a subfolder per class.")
     ] = _DEFAULTS.data,
     source: Annotated[
-        str, _option("Data to pretrain on; auto: MNIST-5k for small on digits; none.")
-    ] = "auto",
+        str | None, _option("Data to pretrain on; auto: MNIST-5k for small on digits; none.")
+    ] = _DEFAULTS.source,
     sparsity: Annotated[float, _option("Share of zeros in each pruned layer.")] = _DEFAULTS.sparsity,
     scope: Annotated[str, _option("layer, or global: rank all weights together.")] = _DEFAULTS.scope,
     min_sparsity: Annotated[float | None, _option("Swap every layer at least this sparse.")] = None,

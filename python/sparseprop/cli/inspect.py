@@ -11,7 +11,7 @@ from sparseprop.cli.console import guarded, show_table
 from sparseprop.cli.options import AsJson, Checkpoint
 from sparseprop.masks import detect_nm
 from sparseprop.nn.storage import pattern_in, plain
-from sparseprop.train.start import read_checkpoint
+from sparseprop.train.start import mask_of, read_checkpoint
 
 __all__ = ["inspect"]
 
@@ -32,10 +32,14 @@ def inspect(
     checkpoint: Checkpoint,
     as_json: AsJson = False,
 ) -> None:
-    """List the weights of a checkpoint: shape, non-zeros, density, N:M pattern, memory."""
+    """List the weights of a checkpoint: shape, non-zeros, density, N:M pattern, memory.
+
+    A checkpoint does not say how many groups a convolution has; whether its pattern is transposable is
+    said for one.
+    """
     tensors, note = read_checkpoint(checkpoint)
     layers = [layer for name in tensors if (layer := _layer(name, tensors)) is not None]
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    total = sum(map(_bytes, tensors.values()))
     if as_json:
         typer.echo(
             json.dumps({"layers": [asdict(layer) for layer in layers], "bytes": total, **note}, indent=2)
@@ -70,21 +74,31 @@ def inspect(
 
 
 def _layer(name: str, tensors: dict[str, Tensor]) -> _Layer | None:
-    prefix, _, leaf = name.rpartition(".")
+    layer, _, leaf = name.rpartition(".")
     if leaf == "weight_values":
-        parts = {key: tensors[key] for key in tensors if key.startswith(f"{prefix}.weight_")}
-        shape = tuple(parts[f"{prefix}.weight_shape"].tolist())
-        pattern = pattern_in({key.removeprefix(f"{prefix}."): part for key, part in parts.items()}, shape)
-        assert pattern is not None  # the checkpoint was checked when it was read
-        mask = plain(pattern).to_mask()
-        size = sum(part.numel() * part.element_size() for part in parts.values())
-        return _described(prefix, shape, "sparse", mask.view(shape), size)
+        return _sparse_layer(name.removesuffix("_values"), tensors)
     tensor = tensors[name]
     if leaf not in ("weight", "weight_orig") or tensor.ndim < 2:
         return None
-    mask = tensors.get(f"{prefix}.weight_mask", tensor) != 0
-    form = "dense" if leaf == "weight" else "masked"
-    return _described(prefix or name, tuple(tensor.shape), form, mask, tensor.numel() * tensor.element_size())
+    mask = mask_of(tensors, name)
+    form = "dense" if leaf == "weight" and mask is None else "masked"
+    kept = (tensor if mask is None else mask) != 0
+    return _described(layer or name, tuple(tensor.shape), form, kept, _bytes(tensor))
+
+
+def _sparse_layer(weight: str, tensors: dict[str, Tensor]) -> _Layer:
+    """``weight`` is what the dense weight would be called."""
+    stem = weight.removesuffix("weight")
+    parts = {key.removeprefix(stem): tensors[key] for key in tensors if key.startswith(f"{weight}_")}
+    shape = tuple(parts["weight_shape"].tolist())
+    pattern = pattern_in(parts, shape)
+    assert pattern is not None  # the checkpoint was checked when it was read
+    size = sum(map(_bytes, parts.values()))
+    return _described(stem[:-1] or weight, shape, "sparse", plain(pattern).to_mask().view(shape), size)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _described(name: str, shape: tuple[int, ...], form: str, mask: Tensor, size: int) -> _Layer:
@@ -93,5 +107,6 @@ def _described(name: str, shape: tuple[int, ...], form: str, mask: Tensor, size:
 
 
 def _pattern(mask: Tensor) -> str:
-    found = detect_nm(mask) if 0 < mask.count_nonzero() < mask.numel() else None
+    is_layer = mask.ndim <= 5 and 0 < mask.count_nonzero() < mask.numel()  # of Linear or Conv
+    found = detect_nm(mask) if is_layer else None
     return str(found) if found is not None else ""

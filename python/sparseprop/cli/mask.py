@@ -15,9 +15,15 @@ from sparseprop.conversion.choice import PatternRule
 from sparseprop.errors import SparsePropError
 from sparseprop.masks import pattern_mask, retained_magnitude
 from sparseprop.train.checkpoint import save_tensors
-from sparseprop.train.start import read_checkpoint
+from sparseprop.train.start import mask_of, read_checkpoint
 
 __all__ = ["mask"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_GROUPS = (
+    "transposable patterns of convolutions hold where these have one group, which a checkpoint does not say; "
+    "for others use `sparseprop convert`, which knows the architecture"
+)
 
 
 @guarded
@@ -31,12 +37,13 @@ def mask(
 ) -> None:
     """Keep the largest weights of each group of a checkpoint; needs neither its architecture nor data.
 
-    Takes every tensor called weight that has two to five dimensions, embeddings included: skip those.
+    Takes every tensor called weight that has two to five dimensions, embeddings included: skip those. A
+    checkpoint does not say how many groups a convolution has; transposable tiles are laid for one.
     """
     rule, unwanted = PatternRule.parse(pattern), _expression(skip)
     check_out(out, plot)
     tensors, note = read_checkpoint(checkpoint)
-    if any(name.endswith((".weight_values", ".weight_mask")) for name in tensors):
+    if any(_is_masked(name, tensors) for name in tensors):
         raise SparsePropError(
             f"{checkpoint} holds sparse or pruned layers; expected dense weights; use `sparseprop convert`"
         )
@@ -52,6 +59,13 @@ def mask(
         raise SparsePropError(f"no weight of {checkpoint} can be {rule.text} ({why}); choose another pattern")
     save_tensors(out, masked, note)
     show_report(report, out, plot, as_json=as_json)
+    if any(layer.kind != "Linear" and (layer.pattern or "").endswith("T") for layer in layers):
+        typer.echo(_GROUPS, err=as_json)
+
+
+def _is_masked(name: str, tensors: dict[str, Tensor]) -> bool:
+    leaf = name.rpartition(".")[2]
+    return leaf in ("weight_values", "weight_mask") or mask_of(tensors, name) is not None
 
 
 def _expression(text: str) -> re.Pattern[str] | None:
@@ -62,8 +76,10 @@ def _expression(text: str) -> re.Pattern[str] | None:
 
 
 def _masked(name: str, weight: Tensor, rule: PatternRule, reason: str) -> tuple[LayerReport, Tensor]:
-    before = float(torch.count_nonzero(weight)) / max(1, weight.numel())
+    before = float((weight != 0).sum()) / max(1, weight.numel())
     kind, shape = ("Linear" if weight.dim() == 2 else f"Conv{weight.dim() - 2}d"), tuple(weight.shape)
+    if weight.dtype not in _DTYPES:
+        reason = reason or f"{weight.dtype}, wanted 16 bits or more"
     pattern = reason or rule.choose(shape, 1, 1.0 - before)
     if isinstance(pattern, str):
         return LayerReport(name, kind, shape, None, before, None, None, None, None, pattern), weight

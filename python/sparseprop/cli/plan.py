@@ -1,6 +1,5 @@
 """``sparseprop plan``: what a swap of a model would do."""
 
-import dataclasses
 from typing import Annotated
 
 import torch
@@ -9,11 +8,11 @@ from torch import Tensor, nn
 
 import sparseprop
 from sparseprop.cli.console import guarded
-from sparseprop.cli.options import Arch, AsJson, ImageSize, MinSparsity, Model, Sparsity
+from sparseprop.cli.options import Arch, AsJson, ImageSize, MinSparsity, Model, Sparsity, check_at_least
 from sparseprop.errors import SparsePropError
 from sparseprop.train.models import ModelSpec, default_image_size, parse_arch
 from sparseprop.train.prune import magnitude_masks, prunable_layers
-from sparseprop.train.start import is_file_name, load_model, read_checkpoint
+from sparseprop.train.start import is_file_name, load_model, read_checkpoint, with_own_classes
 from sparseprop.train.swapping import with_masks
 
 __all__ = ["example_model", "plan"]
@@ -42,8 +41,7 @@ def example_model(
     """The masked dense model that the options of a command name, and a batch of zeros for it."""
     if sparsity is not None and not 0 < sparsity < 1:
         raise SparsePropError(f"sparsity must be between 0 and 1, such as 0.9; got {sparsity}")
-    if batch_size < 1:
-        raise SparsePropError(f"batch size must be 1 or more; got {batch_size}")
+    check_at_least(1, batch_size=batch_size, image_size=image_size)
     tensors, note = read_checkpoint(model) if is_file_name(model) else (None, {})
     known = note.get("spec", {})
     name = arch or known.get("arch") or ("" if is_file_name(model) else model)
@@ -55,8 +53,8 @@ def example_model(
         channels=known.get("channels", 1 if parse_arch(name)[0] == "small" else 3),
         image_size=image_size or known.get("image_size") or default_image_size(name),
     )
-    if tensors is not None and "num_classes" not in known:
-        spec = dataclasses.replace(spec, num_classes=_classes(tensors))
+    if tensors is not None:
+        spec = with_own_classes(spec, tensors)
     built, masks = load_model(spec, tensors, where=model)
     if sparsity is not None:
         layers = prunable_layers(built, num_classes=spec.num_classes)
@@ -64,9 +62,3 @@ def example_model(
         masks |= magnitude_masks(weights, sparsity, scope="layer")
     with_masks(built, masks)
     return built, torch.zeros(batch_size, spec.channels, spec.image_size, spec.image_size)
-
-
-def _classes(tensors: dict[str, Tensor]) -> int:
-    """The outputs of a checkpoint's last matrix."""
-    matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
-    return len(matrices[-1]) if matrices else 1000

@@ -8,7 +8,16 @@ import typer
 
 import sparseprop
 from sparseprop.cli.console import guarded
-from sparseprop.cli.options import Arch, AsJson, ImageSize, MinSparsity, Model, Sparsity
+from sparseprop.cli.options import (
+    Arch,
+    AsJson,
+    ImageSize,
+    MinSparsity,
+    Model,
+    Sparsity,
+    check_at_least,
+    check_file,
+)
 from sparseprop.cli.plan import example_model
 
 __all__ = ["profile"]
@@ -29,6 +38,10 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Say where a training step's time goes: layer by layer, dense and sparse side by side."""
+    check_at_least(1, threads=threads, steps=steps)
+    check_at_least(0, top=top)
+    if png is not None:
+        check_file(png)
     if threads is not None:
         torch.set_num_threads(threads)
     built, example = example_model(model, arch, sparsity, batch_size, image_size)

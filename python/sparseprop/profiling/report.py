@@ -150,8 +150,10 @@ class StepProfile:
     def table(self, *, top: int | None = None) -> str:
         """Layers and kinds as text; `top` keeps the layers that cost most in the sparse model.
 
-        Each cell is ``dense > sparse`` in milliseconds.
+        Each cell is ``dense > sparse`` in milliseconds. Raises `SparsePropError` for a negative `top`.
         """
+        if top is not None and top < 0:
+            raise SparsePropError(f"top must be 0 or more, got {top}.")
         layers = self.layers
         if top is not None:
             kept = {layer.name for layer in sorted(layers, key=lambda row: -row.sparse.total)[:top]}

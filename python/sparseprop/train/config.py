@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 from sparseprop.errors import SparsePropError
 
 __all__ = ["FinetuneConfig"]
+
+_WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,11 @@ class FinetuneConfig:
 
     ``model`` is ``"small"`` (or ``"small:WIDTH"``), a timm or torchvision name, or a checkpoint file
     (``.safetensors``, ``.pt``, ``.pth``); a file without a note of its architecture needs ``arch`` too.
-    ``data`` is ``"digits"``, ``"mnist5k"`` or a folder with one subfolder of images per class. With the
-    built-in model and no checkpoint, the job first pretrains (and prunes) on ``source`` and then transfers.
+    ``data`` is ``"digits"``, ``"mnist5k"`` or a folder with one subfolder of images per class.
+
+    With a ``source``, data like ``data``, the job first pretrains (and prunes) on it and then transfers.
+    ``"auto"`` is MNIST-5k for the built-in model on the digits and nothing else, so a checkpoint keeps its
+    weights; ``"none"`` or None is never.
 
     ``sparsity`` counts over the layers that are pruned: all plain ``Linear`` and ``Conv`` layers but the
     first and the classifier. ``scope`` ``"layer"`` prunes each of them that far, ``"global"`` ranks all
@@ -27,7 +33,7 @@ class FinetuneConfig:
     decides, or measurements if ``measure`` (then two runs of one job may differ in their last bits). ``fuse``
     lets `sparseprop.fuse` speed up what lies between the layers of the sparse model.
 
-    Raises `SparsePropError` for a value out of range, by name.
+    Raises `SparsePropError` for a value out of range or of another type, by name.
 
     >>> from sparseprop.train import FinetuneConfig
     >>> FinetuneConfig(sparsity=0.95, seed=3).model
@@ -37,7 +43,7 @@ class FinetuneConfig:
     model: str = "small"
     arch: str | None = None
     data: str = "digits"
-    source: str | None = "mnist5k"
+    source: str | None = "auto"
     sparsity: float = 0.9
     scope: Literal["layer", "global"] = "layer"
     min_sparsity: float | None = None
@@ -59,6 +65,8 @@ class FinetuneConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), field.type)
         _check(0 < self.sparsity < 1, "sparsity", self.sparsity, "between 0 and 1, such as 0.9")
         if self.min_sparsity is not None:
             _check(0 <= self.min_sparsity < 1, "min_sparsity", self.min_sparsity, "from 0 to below 1")
@@ -84,17 +92,29 @@ class FinetuneConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, where: str | Path = "the configuration") -> Self:
+    def from_json(cls, text: str | bytes, *, where: str | Path = "the configuration") -> Self:
         """Read what `to_json` wrote; raises `SparsePropError` for anything else."""
         try:
             fields: dict[str, Any] = json.loads(text)
             return cls(**fields)
-        except SparsePropError:
-            raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise SparsePropError(
                 f"{where} is not the configuration of a run: {error}; start a new run"
             ) from error
+
+
+def _check_type(name: str, value: object, hint: Any) -> None:
+    """Python does not check what a file or a caller fills in; Literals are checked by their values."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        fits = bool in kinds
+    elif isinstance(value, int):
+        fits = int in kinds or float in kinds
+    elif isinstance(value, os.PathLike):
+        fits = str in kinds
+    else:
+        fits = get_origin(hint) is Literal or isinstance(value, kinds)
+    _check(fits, name, repr(value), next((_WANTED[kind] for kind in kinds if kind in _WANTED), "a word"))
 
 
 def _check(fits: bool, name: str, got: object, wanted: str) -> None:

@@ -82,7 +82,8 @@ def magnitude_masks(
     """
     scores = {name: weight.detach().abs() for name, weight in weights.items()}
     for name, mask in (masks or {}).items():  # a kept weight of zero still ranks above a pruned one
-        scores[name] = (scores[name] + torch.finfo(scores[name].dtype).tiny).where(mask, 0.0)
+        score = scores[name].to(torch.promote_types(scores[name].dtype, torch.float32))
+        scores[name] = score.clamp_min(torch.finfo(score.dtype).tiny).where(mask, 0.0)
     if scope == "layer":
         return {name: unstructured_mask(score, 1 - sparsity) for name, score in scores.items()}
     return global_unstructured_masks(scores, 1 - sparsity, min_keep_per_layer=1)

@@ -75,7 +75,7 @@ def resume(folder: str | Path, *, progress: Watcher | None = None) -> FinetuneRe
         )
     if (folder / "result.json").is_file():
         raise SparsePropError(f"the run {folder} is finished: it has a result.json; start a new run instead")
-    text = (folder / "config.json").read_text()
+    text = (folder / "config.json").read_bytes()
     config = dataclasses.replace(
         FinetuneConfig.from_json(text, where=folder / "config.json"), out=str(folder)
     )

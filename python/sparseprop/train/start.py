@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sparseprop import dense_state_dict, swap_like
+from sparseprop.checkpoint import check_tensor
 from sparseprop.data import ImageData, load_data, mix_seed
 from sparseprop.errors import SparsePropError
 from sparseprop.nn import SparseLayer
 from sparseprop.nn.storage import PATTERN_KEYS
+from sparseprop.swap.state import check_patterns
 from sparseprop.train.checkpoint import load_tensors
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.models import ModelSpec, build_model, default_image_size, parse_arch
@@ -22,10 +24,19 @@ from sparseprop.train.phases import source_of
 from sparseprop.train.prune import prunable_layers, sparsity_of
 from sparseprop.train.swapping import check_swap
 
-__all__ = ["Start", "is_file_name", "load_model", "prepare_start", "read_checkpoint"]
+__all__ = [
+    "Start",
+    "is_file_name",
+    "load_model",
+    "mask_of",
+    "prepare_start",
+    "read_checkpoint",
+    "with_own_classes",
+]
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _SPARSE_KEYS = ("weight_values", "weight_shape", *PATTERN_KEYS)
+_MASKS = {"weight_orig": "weight_mask", "weight": "mask"}  # of torch's pruned layers, of our masked ones
 _CLOSE = 0.005  # as sparse as asked for, give or take the rounding of small layers
 
 
@@ -73,7 +84,8 @@ def is_file_name(model: str) -> bool:
 def read_checkpoint(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a checkpoint file, or of the model in a run folder, and the note of how to build it.
 
-    Raises `SparsePropError` for a file that is missing, truncated, or holds anything but tensors.
+    Raises `SparsePropError` for a file that is missing, truncated, or holds anything but dense tensors, and
+    for sparse layers that are incomplete or not well-formed.
     """
     path = Path(name, "model.safetensors") if Path(name).is_dir() else Path(name)
     if not path.is_file():
@@ -84,7 +96,7 @@ def read_checkpoint(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_tensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a file of anything else leads the unpickler into errors of any kind
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise SparsePropError(
             f"the checkpoint {path} is corrupted, truncated, or no state dict ({reason}); expected tensors "
@@ -93,11 +105,41 @@ def read_checkpoint(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         raise SparsePropError(
             f"the checkpoint {path} holds no state dict; expected tensors by name; save model.state_dict()"
         )
-    return {key.removeprefix("module."): value for key, value in content.items()}, {}
+    for key, value in content.items():
+        check_tensor(key, value)
+    tensors = {key.removeprefix("module."): value for key, value in content.items()}
+    check_patterns(tensors)
+    return tensors, {}
+
+
+def mask_of(tensors: Mapping[str, Tensor], key: str) -> Tensor | None:
+    """The mask kept beside a weight, by torch's pruning or by a masked layer; None if there is none."""
+    layer, dot, leaf = key.rpartition(".")
+    mask = tensors.get(f"{layer}{dot}{_MASKS[leaf]}") if leaf in _MASKS else None
+    return mask if mask is not None and mask.shape == tensors[key].shape else None
+
+
+def with_own_classes(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
+    """``spec`` with the number of classes that a checkpoint of this architecture has, whatever it was."""
+    for key, tensor in build_model(spec).state_dict().items():
+        shape = _stored_shape(key, tensors)
+        if shape and shape != tensor.shape and tensor.shape[:1] == (spec.num_classes,):
+            return dataclasses.replace(spec, num_classes=shape[0])
+    return spec
+
+
+def _stored_shape(key: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """The shape of a parameter in a checkpoint that may hold its layer sparse or pruned."""
+    if f"{key}_shape" in tensors:
+        return tuple(tensors[f"{key}_shape"].tolist())
+    found = tensors.get(key, tensors.get(f"{key}_orig"))
+    return None if found is None else tuple(found.shape)
 
 
 def load_model(
@@ -139,13 +181,15 @@ def load_model(
 def _sparse_parts(
     model: nn.Module, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Dense weights under their dense names, and the masks of layers that were sparse or pruned by torch."""
+    """Dense weights under their dense names, and the masks of layers that were sparse, masked or pruned."""
     dense, masks = dict(tensors), {}
     for key in tensors:
-        name, _, kind = key.rpartition(".")
-        if kind == "weight_mask" and f"{name}.weight_orig" in dense:
-            masks[name] = dense.pop(key).bool()
-            dense[f"{name}.weight"] = dense.pop(f"{name}.weight_orig") * masks[name]
+        name, _, leaf = key.rpartition(".")
+        if (mask := mask_of(tensors, key)) is not None:
+            masks[name] = mask.bool()
+            for part in (leaf, _MASKS[leaf], "mask_age"):
+                dense.pop(f"{name}.{part}", None)
+            dense[f"{name}.weight"] = tensors[key] * masks[name]
     if any(key.endswith(".weight_values") for key in dense):
         sparse = swap_like(copy.deepcopy(model), dense)
         masks |= {name: m.mask for name, m in sparse.named_modules() if isinstance(m, SparseLayer)}
