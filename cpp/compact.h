@@ -1,4 +1,4 @@
-// Columns without a halo: of stride-1 layers whose planes are so small that their zero padding is much of the padded grid (a
+// Columns without a halo: of layers whose planes are so small that their zero padding is much of the padded grid (a
 // quarter at 7x7, an eighth at 14x14). What each tap reads is copied out of the padded panel, so that outputs, and backward
 // inputs and their gradients, have columns of their own.
 #pragma once
@@ -39,7 +39,7 @@ class Compact {
 
 // Grid of the positions in `size` alone.
 Grid compact_grid(int64_t batch, const Triple& size);
-// Whether the layer's columns have a halo that can go.
-bool may_compact(const Layer& layer, const Grid& padded);
+// Whether the layer's columns have a halo that can go: not from inputs that a stride splits up.
+bool may_compact(const Layer& layer, const Grid& padded, bool forward);
 
 }  // namespace sparseprop

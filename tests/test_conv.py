@@ -48,10 +48,11 @@ def test_any_strides_of_input_and_gradient(backend, x_layout, grad_layout, name)
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(9, 6), (6, 17)])
-def test_small_planes_over_several_tiles_are_right(backend, layout, size):
-    layer = SparseConv2d.random(160, 160, 3, density=0.9, padding=1)
-    place = LAYOUTS[layout]
-    assert_right(layer, place(torch.randn(3, 160, *size)), place(torch.randn(3, 160, *size)))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_small_planes_over_several_tiles_are_right(backend, layout, size, stride):
+    layer = SparseConv2d.random(160, 160, 3, density=0.9, padding=1, stride=stride)
+    place, inputs = LAYOUTS[layout], [stride * length for length in size]
+    assert_right(layer, place(torch.randn(3, 160, *inputs)), place(torch.randn(3, 160, *size)))
 
 
 @pytest.mark.parametrize("size", SIZES)
