@@ -48,6 +48,12 @@ WEIGHTS = [
 LAYOUTS = ("contiguous", "transposed", "channels_last", "expanded", "sliced")
 
 
+def scores_of(shape, seed=0, levels=None):
+    """Uniform scores, or whole numbers below ``levels``."""
+    draws = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return draws if levels is None else (draws * levels).floor()
+
+
 def tiles(family, count, m, *, seed=0, dtype=torch.float64):
     """(count, m, m) scores."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from convert_cases import REFUSED, batches, small_net
 from sparseprop.conversion import ConversionReport, Reconstruction, reestimate_batch_norm
 from sparseprop.errors import SparsePropError
 from sparseprop.masks import check_nm, nm_mask, pattern_mask
-from sparseprop.nn import SparseConv2d
+from sparseprop.nn import MaskRule, SparseConv2d
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "2:4T", "4:8T"])
@@ -133,14 +133,22 @@ def test_sparse_layers_stay_sparse_and_pruned_ones_are_finished():
         assert report[name].error == pytest.approx(other[name].error, rel=0.02)
 
 
-def test_masked_layers_get_the_mask_too():
-    model = sparseprop.mask_modules(nn.Sequential(nn.Linear(16, 16)), "4:8")
+def test_masked_layers_get_the_mask_too_and_keep_the_pattern_in_training():
+    model = sparseprop.mask_modules(nn.Sequential(nn.Linear(16, 16)), MaskRule("4:8", decay=0.1))
     dense = sparseprop.to_dense(model, inplace=False)
     data = [torch.randn(64, 16)]
-    report = sparseprop.convert(model, "2:4", data)
-    other = sparseprop.convert(dense, "2:4", data)
+    report = sparseprop.convert(model, "1:4", data)
+    other = sparseprop.convert(dense, "1:4", data)
     assert torch.equal(model[0].mask, report.masks["0"])
     torch.testing.assert_close(model[0].to_dense().weight, other.model[0].weight)
+    assert model[0].rule == MaskRule("1:4", decay=0.1)
+    model(data[0])
+    with torch.no_grad():
+        model[0].weight.add_(torch.randn(16, 16))
+    model(data[0])
+    assert not torch.equal(model[0].mask, report.masks["0"])
+    assert check_nm(model[0].mask, 1, 4, exact_count=True)
+    assert model[0].freeze().density == 0.25
 
 
 def test_groups_are_fitted_apart():
@@ -154,38 +162,6 @@ def test_groups_are_fitted_apart():
     sparseprop.convert(both, "2:4", [x])
     torch.testing.assert_close(both.weight, torch.cat([part.weight for part in parts]), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(both.bias, torch.cat([part.bias for part in parts]), rtol=1e-3, atol=1e-5)
-
-
-def test_a_network_that_chooses_its_way_by_its_data_is_fitted_all_the_same():
-    class Routed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
-
-        def forward(self, x):
-            x = self.first(x)
-            return self.second(x[x[:, 0] > 0])
-
-    report = sparseprop.convert(Routed(), "1:4", [torch.randn(64, 16) for _ in range(4)])
-    assert report["second"].error < report["second"].error_masked
-
-
-def test_layers_no_batch_reaches_are_masked_and_said_so():
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.unused, self.used = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.used(self.used(x))
-
-    report = sparseprop.convert(Branch(), "2:4", [torch.randn(32, 8)])
-    assert report["unused"].reason == "not reached by the calibration batches: masked only"
-    assert report["unused"].converted
-    assert report["used"].error < report["used"].error_masked
-    report = sparseprop.convert(Branch(), "2:4", [torch.randn(32, 8)], score="wx2")
-    assert report["unused"].reason.endswith("which the score wx2 needs")
-    assert not report["unused"].converted
 
 
 def test_batches_may_be_pairs_dicts_or_anything_with_a_forward_function():
@@ -261,20 +237,3 @@ def test_batch_norm_is_measured_anew_where_that_helps_or_is_asked_for(options, u
     report = sparseprop.convert(model, "2:4", batches(), **options)
     assert report.bn_batches == used
     assert torch.equal(model[1].running_mean, torch.zeros(16)) == (used == 0)
-
-
-def test_batch_norm_becomes_the_plain_average_over_all_batches():
-    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3), nn.Dropout(0.9))
-    data = [torch.randn(16, 3) + shift for shift in range(4)]
-    assert reestimate_batch_norm(model, data) == 4
-    torch.testing.assert_close(model[0].running_mean, torch.cat(data).mean(0))
-    torch.testing.assert_close(model[0].running_var, torch.stack([x.var(0) for x in data]).mean(0))
-    assert model[0].momentum == 0.3
-    assert model.training
-    assert reestimate_batch_norm(model, data, limit=2) == 2
-    torch.testing.assert_close(model[0].running_mean, torch.cat(data[:2]).mean(0))
-    before = copy.deepcopy(model[0].state_dict())
-    with pytest.raises(SparsePropError, match="fails on a calibration batch"):
-        reestimate_batch_norm(model, [*data, torch.ones(2, 5)])
-    assert all(torch.equal(value, before[key]) for key, value in model[0].state_dict().items())
-    assert reestimate_batch_norm(nn.Linear(2, 2), data) == 0

@@ -142,6 +142,30 @@ def test_errors_are_those_of_the_outputs_also_when_earlier_layers_have_changed(b
         )
 
 
+def test_float32_rows_and_drifts_far_from_zero_make_the_problem_of_float64_ones():
+    now, weight = correlated_rows(300, 12), torch.randn(1, 4, 12, dtype=torch.float64)
+    now, drift = 1e4 + now, 1e3 + 0.1 * correlated_rows(300, 12, seed=1)
+    problems = []
+    for dtype in (torch.float32, torch.float64):
+        moments, rows = Moments(), now.float().to(dtype)
+        moments.add(rows[None], (rows + drift.float().to(dtype))[None], weight)
+        problems.append(moments.fit(weight, bias=True))
+    for ours, theirs in zip(*(fit.normal_equations(0.01) for fit in problems), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(problems[0].drift_energy, problems[1].drift_energy, rtol=0.02, atol=0)
+
+
+def test_inputs_that_do_not_vary_keep_their_weights():
+    rows, weight = torch.randn(1, 100, 8), torch.randn(1, 3, 8)
+    rows[..., 5] = 1e6 + torch.rand(100) / 10  # what rounding leaves of a constant
+    moments = Moments()
+    moments.add(rows)
+    fit, mask = moments.fit(weight, bias=True), torch.rand(1, 3, 8) < 0.5
+    found = masked_least_squares(*fit.normal_equations(0.01), mask, fit.weight)
+    torch.testing.assert_close(found[..., 5], (weight * mask)[..., 5].double())
+    assert not moments.covariance[0, 5].any()
+
+
 def test_moments_do_not_depend_on_how_the_data_is_cut():
     rows = torch.randn(2, 500, 6, dtype=torch.float64)
     whole, parts = Moments(), Moments()

@@ -104,6 +104,10 @@ def test_retained_magnitude_at_the_edges():
     nothing = torch.zeros(4, dtype=torch.bool)
     assert retained_magnitude(torch.zeros(4), nothing) == 1.0
     assert retained_magnitude(torch.ones(4), nothing) == 0.0
+    assert retained_magnitude(torch.ones(0), nothing[:0]) == 1.0
+    for size in (1e308, 5e-324):  # their sum is out of range, or their square
+        scores = torch.full((4,), size, dtype=torch.float64)
+        assert retained_magnitude(scores, torch.tensor([True, False, False, False])) == 0.25
     with pytest.raises(SparsePropError, match=r"mask got shape \(4,\), wanted that of scores, \(5,\)"):
         retained_magnitude(torch.ones(5), nothing)
     with pytest.raises(SparsePropError, match=r"mask got torch\.float32, wanted a bool"):

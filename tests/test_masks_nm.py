@@ -1,26 +1,15 @@
-"""Row-wise and unstructured masks, N:M checks and detection."""
+"""Row-wise masks, N:M checks and detection."""
+
+from typing import get_args
 
 import pytest
 import torch
 
-from mask_cases import LAYOUTS, WEIGHTS, WRONG_PATTERNS, WRONG_SCORES, lay_out
+from mask_cases import LAYOUTS, WEIGHTS, WRONG_PATTERNS, WRONG_SCORES, lay_out, scores_of
 from sparseprop import SparsePropError, _native
-from sparseprop.masks import (
-    NMPattern,
-    check_nm,
-    detect_nm,
-    global_unstructured_masks,
-    nm_mask,
-    random_mask,
-    random_masks,
-    unstructured_mask,
-)
+from sparseprop.masks import NMPattern, check_nm, detect_nm, nm_mask, transposable_nm_mask, unstructured_mask
 from sparseprop.masks.nm import _sorted_nm_mask
-
-
-def scores_of(shape, seed=0, levels=None):
-    draws = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    return draws if levels is None else (draws * levels).floor()
+from sparseprop.masks.transposable import Method
 
 
 def groups_by_loops(scores, m):
@@ -131,6 +120,8 @@ def test_wrong_patterns_are_refused(n, m, message):
 
 def test_empty_weights_give_empty_masks():
     assert nm_mask(torch.ones(0, 8), 2, 4).shape == (0, 8)
+    for method in get_args(Method):
+        assert transposable_nm_mask(torch.ones(4, 4, 0), 2, 4, method=method).shape == (4, 4, 0)
 
 
 def test_patterns_parse_print_and_know_what_they_fit():
@@ -183,71 +174,6 @@ def test_detect_nm_finds_none_where_storing_as_nm_would_waste():
     assert detect_nm(torch.ones(8, 8, dtype=torch.bool)) is None
     assert detect_nm(torch.zeros(8, 8, dtype=torch.bool)) is None
     assert detect_nm(torch.ones(8, 2, dtype=torch.bool)) is None
-
-
-def test_unstructured_masks_have_the_exact_count_and_keep_the_heaviest():
-    scores = scores_of((13, 7), levels=4)
-    for density in (0.0, 0.1, 0.5, 1.0):
-        mask = unstructured_mask(scores, density)
-        assert int(mask.sum()) == round(density * 91)
-        order = torch.sort(scores.flatten(), descending=True, stable=True).indices
-        assert torch.equal(mask.flatten().nonzero().squeeze(1), order[: int(mask.sum())].sort().values)
-    with pytest.raises(SparsePropError, match=r"density got 1\.5, wanted 0\.\.1"):
-        unstructured_mask(scores, 1.5)
-
-
-def test_counts_round_halves_to_even():
-    assert int(unstructured_mask(torch.ones(5), 0.5).sum()) == 2
-    assert int(unstructured_mask(torch.ones(3), 0.5).sum()) == 2
-
-
-def test_global_masks_have_the_exact_total_and_rank_across_layers():
-    scores = {"a": scores_of((7, 9)), "b": 2 * scores_of((5, 5), 1), "c": scores_of((3, 3)).double() / 9}
-    masks = global_unstructured_masks(scores, 0.3)
-    assert sum(int(m.sum()) for m in masks.values()) == round(0.3 * 97)
-    lowest_kept = min(float(scores[k][m].min()) for k, m in masks.items() if m.any())
-    assert all(float(scores[k][~m].max()) <= lowest_kept for k, m in masks.items())
-    assert not masks["c"].any()
-    secured = global_unstructured_masks(scores, 0.3, min_keep_per_layer=4)
-    assert int(secured["c"].sum()) == 4
-    assert sum(int(m.sum()) for m in secured.values()) == round(0.3 * 97)
-    assert global_unstructured_masks({}, 0.5) == {}
-
-
-def test_global_masks_refuse_minima_beyond_the_total():
-    with pytest.raises(SparsePropError, match="needs 10 weights of 4; lower it or raise the density"):
-        global_unstructured_masks({"a": torch.ones(20), "b": torch.ones(20)}, 0.1, min_keep_per_layer=5)
-    with pytest.raises(SparsePropError, match=r"scores\['a'\] got NaN or inf"):
-        global_unstructured_masks({"a": torch.tensor([float("nan")])}, 0.1)
-    with pytest.raises(SparsePropError, match="min_keep_per_layer got -1, wanted >= 0"):
-        global_unstructured_masks({"a": torch.ones(2)}, 0.1, min_keep_per_layer=-1)
-
-
-def test_random_masks_are_exact_repeatable_and_keep_every_neuron_alive():
-    def draw(**options):
-        return random_mask((32, 16, 3, 3), 0.02, generator=torch.Generator().manual_seed(3), **options)
-
-    assert int(draw().sum()) == round(0.02 * 32 * 16 * 9)
-    assert torch.equal(draw(), draw())
-    alive = draw(min_per_row=1, min_per_col=2)
-    assert int(alive.sum()) == int(draw().sum())
-    assert (alive.flatten(1).sum(1) >= 1).all()
-    assert (alive.movedim(1, 0).flatten(1).sum(1) >= 2).all()
-    with pytest.raises(
-        SparsePropError, match=r"random_mask got density 0.1 of 16 \(2 kept\), wanted at least 4"
-    ):
-        random_mask((4, 4), 0.1, min_per_row=1)
-    with pytest.raises(SparsePropError, match="min_per_row got 5, wanted at most 4"):
-        random_mask((4, 4), 0.5, min_per_row=5)
-
-
-def test_random_masks_follow_given_counts():
-    masks = random_masks({"a": (4, 4), "b": (3, 3)}, {"a": 0, "b": 9})
-    assert (int(masks["a"].sum()), int(masks["b"].sum())) == (0, 9)
-    with pytest.raises(SparsePropError, match=r"counts\['a'\] got 17, wanted 0..16; see layer_counts"):
-        random_masks({"a": (4, 4)}, {"a": 17})
-    with pytest.raises(SparsePropError, match=r"counts\['a'\] got None"):
-        random_masks({"a": (4, 4)}, {})
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,8 @@ def test_outputs_and_gradients_are_those_of_the_masked_dense_layer(recorder, pat
 def test_what_torch_is_given_is_contiguous_and_2_4_along_its_rows(recorder, pattern, sides):
     layer = SemiStructuredLinear.from_dense(half(), pattern=pattern)
     assert recorder.seen == []  # compressed at first use: the model may be moved before
-    for _ in range(2):
-        layer(torch.randn(8, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
-    assert [tuple(matrix.shape) for matrix in recorder.seen] == sides  # once each while the weight stays
+    layer(torch.randn(8, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert [tuple(matrix.shape) for matrix in recorder.seen] == sides
     for matrix in recorder.seen:
         assert matrix.is_contiguous()
         assert matrix.dtype == torch.bfloat16
@@ -80,11 +79,29 @@ def test_compression_follows_updates_of_the_weight_and_only_what_is_needed(recor
     with torch.no_grad():
         layer(x)
         layer(x)
-    assert len(recorder.seen) == 4
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
-    layer.load_state_dict(SemiStructuredLinear.from_dense(half(), pattern="2:4T").state_dict())
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
-    assert len(recorder.seen) == 5
+        assert len(recorder.seen) == 4
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        layer.load_state_dict(SemiStructuredLinear.from_dense(half(), pattern="2:4T").state_dict())
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert len(recorder.seen) == 5
+    layer.weight.requires_grad_(False)  # a frozen layer that hands gradients on
+    for _ in range(2):
+        layer(x.clone().requires_grad_()).sum().backward()
+    assert len(recorder.seen) == 6  # the transpose too, once
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_updates_that_bypass_autograd_are_followed(recorder, training):
+    layer = SemiStructuredLinear.from_dense(half(), pattern="2:4T").train(training)
+    x = torch.randn(8, 64, dtype=torch.bfloat16, requires_grad=True)
+    for grad_mode in (True, False, True):
+        before = x.grad
+        x.grad = None
+        layer(x).sum().backward()
+        assert before is None or torch.equal(x.grad, 2 * before)
+        layer.weight.data.mul_(2)  # leaves the weight's version as it is
+        with torch.set_grad_enabled(grad_mode):
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 def test_pruning_ranks_by_magnitude_and_keeps_the_most():

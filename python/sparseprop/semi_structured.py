@@ -35,9 +35,10 @@ def best_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
 class SemiStructuredLinear(nn.Module):
     """`torch.nn.Linear` in half precision with a 2:4 mask that stays, on CUDA: (..., in) to (..., out).
 
-    ``weight`` is the dense Parameter, zero outside the bool buffer ``mask``; a compressed copy is made when
-    the weight has changed. With a transposable mask ("2:4T") the gradient of the input is a 2:4 product too;
-    otherwise it is dense, as is that of the weight always.
+    ``weight`` is the dense Parameter, zero outside the bool buffer ``mask``. A compressed copy is made for
+    each pass that can train it, and kept between others until it changes; not seen are writes to
+    ``weight.data`` between two passes without gradients. With a transposable mask ("2:4T") the gradient of
+    the input is a 2:4 product too; otherwise it is dense, as is that of the weight always.
 
     >>> layer = SemiStructuredLinear.from_dense(nn.Linear(64, 32).bfloat16())
     >>> layer.density, check_nm(layer.mask, 2, 4)
@@ -130,22 +131,26 @@ class SemiStructuredLinear(nn.Module):
             if len(rows) == 0:
                 out = F.linear(rows, self.weight * self.mask, self.bias)
             else:
-                out = _Product.apply(rows, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
+                learns = torch.is_grad_enabled() and self.weight.requires_grad
+                out = _Product.apply(rows, self.weight, self.bias, self, learns)  # type: ignore[no-untyped-call]
         return out.reshape(*x.shape[:-1], self.out_features)
 
-    def compressed(self, side: str) -> Tensor:
-        """The compressed weight ("forward") or its transpose ("backward"), made anew after updates."""
+    def compressed(self, side: str, *, anew: bool = False) -> Tensor:
+        """The compressed weight ("forward") or its transpose ("backward"), made after updates or ``anew``."""
         state = (self.weight._version, self.weight.data_ptr(), self.mask._version)
-        known = self._compressed.get(side)
-        if known is not None and known[0] == state:
-            return known[1]
+        known = self._compressed.pop(side, None)
+        if known is None or known[0] != state or anew:
+            known = state, self._compress(side)
+        if not anew:  # optimizers that write to weight.data leave its version as it is
+            self._compressed[side] = known
+        return known[1]
+
+    def _compress(self, side: str) -> Tensor:
         if self._backend is None:
             self._backend = semi_structured_backend.torch_backend()
         kept = torch.where(self.mask, self.weight.detach(), 0.0)
         matrix = kept if side == "forward" else kept.t()
-        found = self._backend.compress(matrix.contiguous())
-        self._compressed[side] = (state, found)
-        return found
+        return self._backend.compress(matrix.contiguous())
 
     @property
     def nnz(self) -> int:
@@ -179,24 +184,29 @@ class SemiStructuredLinear(nn.Module):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, layer: SemiStructuredLinear
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: SemiStructuredLinear,
+        learns: bool,
     ) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        ctx.layer = layer
-        return F.linear(rows, layer.compressed("forward"), bias)
+        ctx.layer, ctx.learns = layer, learns
+        return F.linear(rows, layer.compressed("forward", anew=learns), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         rows, weight = ctx.saved_tensors  # raises if the weight was updated since
         layer: SemiStructuredLinear = ctx.layer
-        need_rows, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad = grad.contiguous()
         grad_rows = grad_weight = None
         if need_rows and layer.pattern.transposable:
-            grad_rows = F.linear(grad, layer.compressed("backward"))
+            grad_rows = F.linear(grad, layer.compressed("backward", anew=ctx.learns))
         elif need_rows:
             grad_rows = grad @ torch.where(layer.mask, weight, 0.0)
         if need_weight:
             grad_weight = torch.where(layer.mask, grad.t() @ rows, 0.0)
-        return grad_rows, grad_weight, grad.sum(0) if need_bias else None, None
+        return grad_rows, grad_weight, grad.sum(0) if need_bias else None, None, None

@@ -1,5 +1,6 @@
 """Running models on calibration batches, and catching what single layers read there."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sparseprop.errors import SparsePropError
 
-__all__ = ["Calibration", "evaluating", "inputs_of", "reached"]
+__all__ = ["Calibration", "evaluating", "inputs_of", "not_finite", "reached"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -84,6 +85,14 @@ class _Enough(BaseException):  # passes through whatever the model itself catche
     """All that was wanted of this run has been seen."""
 
 
+def not_finite(what: str, batch: int) -> SparsePropError:
+    """The error of something that is given what nothing can be learnt from, in a batch of this number."""
+    return SparsePropError(
+        f"{what} got NaN, inf or numbers too large to square in calibration batch {batch}, wanted finite "
+        "inputs; repair that batch or leave it out."
+    )
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Models in eval mode, each module's own flag restored afterwards."""
@@ -98,36 +107,41 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def reached(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration) -> dict[str, int]:
-    """How often each of ``layers`` runs on the first batch, in the order of their first runs."""
-    calls: dict[str, int] = {}
+    """How often each of ``layers`` runs on a batch, at most; in the order of their first runs."""
+    calls, most = Counter[str](), dict[str, int]()
 
     def count(name: str, *_: Any) -> None:
-        calls[name] = calls.get(name, 0) + 1
+        calls[name] += 1
 
     handles = [layer.register_forward_pre_hook(partial(count, name)) for name, layer in layers.items()]
     try:
-        calibration.run(model, next(iter(calibration)))
+        for batch in calibration:
+            calls.clear()
+            calibration.run(model, batch)
+            most |= {name: max(times, most.get(name, 0)) for name, times in calls.items()}
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return most
 
 
 def inputs_of(
-    model: nn.Module, layers: Mapping[str, int], calibration: Calibration, batch: Any
+    model: nn.Module, names: Iterable[str], calibration: Calibration, batch: Any, *, calls: int | None = None
 ) -> list[tuple[str, Tensor]]:
-    """What the named layers read on a batch, call by call; stops when all have run as often as said."""
+    """What the named layers read on a batch, call by call; stops after so many ``calls``.
+
+    Copies, since the model may write into its tensors after the layer has read them.
+    """
     seen: list[tuple[str, Tensor]] = []
-    wanted = sum(layers.values())
 
     def catch(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((name, (args[0] if args else kwargs["input"]).detach()))
-        if len(seen) == wanted:
+        seen.append((name, (args[0] if args else kwargs["input"]).detach().clone()))
+        if len(seen) == calls:
             raise _Enough
 
     modules = dict(model.named_modules())
     handles = [
-        modules[name].register_forward_pre_hook(partial(catch, name), with_kwargs=True) for name in layers
+        modules[name].register_forward_pre_hook(partial(catch, name), with_kwargs=True) for name in names
     ]
     try:
         calibration.run(model, batch)

@@ -1,8 +1,7 @@
 """`convert`: a trained network to N:M without training it."""
 
-import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,39 +10,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
 
 from sparseprop.conversion.batchnorm import reestimate_batch_norm
-from sparseprop.conversion.calibration import Calibration, Forward, evaluating, inputs_of, reached
+from sparseprop.conversion.calibration import Calibration, Forward, evaluating
 from sparseprop.conversion.choice import SCORES, PatternRule
-from sparseprop.conversion.layer import LayerConverter, Reconstruction, grouped_weight
-from sparseprop.conversion.moments import Moments
+from sparseprop.conversion.job import Job, Progress
+from sparseprop.conversion.layer import LayerConverter, Reconstruction
 from sparseprop.conversion.report import ConversionReport, LayerReport
-from sparseprop.conversion.samples import Sampler
 from sparseprop.errors import SparsePropError
 from sparseprop.masks import NMPattern
 from sparseprop.masks._layout import Tail
 from sparseprop.nn import MaskedLayer, SparseLayer
-from sparseprop.swap.decide import Candidate, FilterFn, check_model, survey
+from sparseprop.swap.decide import FilterFn, check_model, survey
 from sparseprop.swap.kinds import SPARSE_CLASS, is_pruned
 from sparseprop.swap.replace import replace_layers, to_dense
 
-__all__ = ["ConvertProgress", "convert"]
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ConvertProgress:
-    """What a progress callback is told: ``done`` of ``total`` layers, now at ``layer``.
-
-    >>> ConvertProgress("conv1", 0, 12).layer
-    'conv1'
-    """
-
-    layer: str
-    done: int
-    total: int
-
-
-Progress = Callable[[ConvertProgress], None]
+__all__ = ["convert"]
 
 
 def convert(
@@ -112,7 +92,7 @@ def convert(
     _check(score, fit, calibration, bn_batches)
     data = None if calibration is None else Calibration.of(calibration, forward_fn)
     work = to_dense(model, inplace=False)
-    job = _Job(model, work, survey(work, filter_fn), converter, data, sequential, progress)
+    job = Job(model, work, survey(work, filter_fn), converter, data, sequential, progress)
     with evaluating(model, work):
         layers, masks = job.run()
     if not masks:
@@ -120,7 +100,8 @@ def convert(
     used = 0
     if data is not None and not (bn_batches is None and fit is not None and sequential):
         used = reestimate_batch_norm(work, data.batches, limit=bn_batches, forward_fn=data.forward)
-    result = _bring_home(model, work, masks, inplace=inplace)
+    patterns = {layer.name: layer.pattern for layer in layers if layer.pattern is not None}
+    result = _bring_home(model, work, masks, patterns, inplace=inplace)
     return ConversionReport(converter.rule.text, score, layers, used, masks, result)
 
 
@@ -157,75 +138,9 @@ def _nothing(converter: LayerConverter, layers: tuple[LayerReport, ...]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The network as it was, and the copy of it that is converted."""
-
-    model: nn.Module
-    work: nn.Module
-    candidates: list[Candidate]
-    converter: LayerConverter
-    data: Calibration | None
-    sequential: bool
-    progress: Progress | None
-
-    def run(self) -> tuple[tuple[LayerReport, ...], dict[str, Tensor]]:
-        """Convert all layers of the copy that can be; their reports in the model's order, and their masks."""
-        by_name = {c.name: c for c in self.candidates}
-        able = {
-            c.name: c.module for c in self.candidates if isinstance(self.converter.pattern_of(c), NMPattern)
-        }
-        for layer in able.values():
-            if is_pruned(layer):
-                prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
-        calls = {} if self.data is None else reached(self.work, able, self.data)
-        ready = {} if self.sequential else self._moments(calls, drifting=False)
-        order = [*calls, *(name for name in able if name not in calls)]
-        reports, masks = {}, dict[str, Tensor]()
-        for done, name in enumerate(order):
-            self._tell(name, done, len(order))
-            moments = ready.pop(name, None)
-            if self.sequential and name in calls:
-                moments = self._moments({name: calls[name]}, drifting=bool(masks))[name]
-            reports[name], mask = self.converter.convert(by_name[name], moments)
-            if mask is not None:
-                masks[name] = mask
-        self._tell("", len(order), len(order))
-        for name in by_name.keys() - reports.keys():
-            reports[name], _ = self.converter.convert(by_name[name], None)
-        return tuple(reports[c.name] for c in self.candidates), masks
-
-    def _moments(self, calls: dict[str, int], *, drifting: bool) -> dict[str, Moments]:
-        """Moments of what the named layers read; with the drift from the original network if asked for."""
-        if self.data is None or not calls:
-            return {}
-        modules = dict(self.work.named_modules())
-        positions = (self.converter.fit or Reconstruction()).positions
-        samplers = {name: Sampler.of(modules[name], positions) for name in calls}
-        weights = {name: grouped_weight(modules[name]) for name in calls} if drifting else {}
-        moments = {name: Moments() for name in calls}
-        for index, batch in enumerate(self.data):
-            found = inputs_of(self.work, calls, self.data, batch)
-            originals = inputs_of(self.model, calls, self.data, batch) if drifting else []
-            for call, (name, x) in enumerate(found):
-                seed = index * 1009 + call
-                rows, original = samplers[name].rows(x, seed), None
-                # a network that chooses its way by its data may hand a layer other samples than before
-                if call < len(originals) and (name, x.shape) == (
-                    originals[call][0],
-                    originals[call][1].shape,
-                ):
-                    original = samplers[name].rows(originals[call][1], seed)
-                moments[name].add(rows, original, weights.get(name))
-        return {name: found for name, found in moments.items() if found.count}
-
-    def _tell(self, layer: str, done: int, total: int) -> None:
-        logger.debug("converting %s (%d of %d)", layer, done, total)
-        if self.progress is not None:
-            self.progress(ConvertProgress(layer, done, total))
-
-
-def _bring_home(model: nn.Module, work: nn.Module, masks: dict[str, Tensor], *, inplace: bool) -> nn.Module:
+def _bring_home(
+    model: nn.Module, work: nn.Module, masks: dict[str, Tensor], patterns: dict[str, str], *, inplace: bool
+) -> nn.Module:
     """The converted weights in `model`, or in a copy of it; nothing fails from here on."""
     modules, done = dict(model.named_modules()), dict(work.named_modules())
     sparse = {name: modules[name] for name in masks if isinstance(modules[name], SparseLayer)}
@@ -239,6 +154,8 @@ def _bring_home(model: nn.Module, work: nn.Module, masks: dict[str, Tensor], *, 
         if name in masks and name not in sparse:
             _copy_parameters(done[name], module)
             if isinstance(module, MaskedLayer):
+                if module.rule is not None:
+                    module.rule = replace(module.rule, pattern=patterns[name])
                 module.set_mask(masks[name])
         elif isinstance(module, _BatchNorm):
             module.load_state_dict(done[name].state_dict())

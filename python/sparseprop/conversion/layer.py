@@ -1,5 +1,6 @@
 """One layer: choose its mask, apply it, fit what is left."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from sparseprop.masks._layout import Tail
 from sparseprop.swap.decide import Candidate
 
 __all__ = ["LayerConverter", "Reconstruction", "grouped_weight"]
+
+_NOT_REACHED = "not reached by the calibration batches: masked only"
+_TOO_LARGE = "numbers too large to fit: masked only"
 
 
 @dataclass(frozen=True)
@@ -73,38 +77,52 @@ class LayerConverter:
         mask = pattern_mask(scores, str(pattern), groups=groups, tail=self.tail)
         retained = retained_magnitude(weight.detach().abs(), mask)
         before = 1.0 - (candidate.sparsity or 0.0)
-        errors, note = self._apply(layer, mask, moments)
-        density = float(mask.float().mean())
-        c = candidate
+        solution = self._solve(layer, mask, moments)
+        _apply(layer, mask, solution)
+        density, errors = float(mask.float().mean()), (solution.error_masked, solution.error)
+        c, note = candidate, solution.note
         report = LayerReport(c.name, c.kind, c.shape, str(pattern), before, density, retained, *errors, note)
         return report, mask
 
-    def _apply(
-        self, layer: nn.Module, mask: Tensor, moments: Moments | None
-    ) -> tuple[tuple[float | None, float | None], str]:
-        weight = layer.get_parameter("weight")
-        bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
-        found, note = None, ""
-        errors: tuple[float | None, float | None] = (None, None)
-        if moments is not None:
-            problem = moments.fit(grouped_weight(layer), bias=bias is not None)
-            keep = mask.reshape(problem.weight.shape)
-            masked = torch.where(keep, problem.weight, 0.0)
-            errors = (problem.error(masked), None)
-            if self.fit is not None:
-                hessian, target = problem.normal_equations(self.fit.ridge)
-                found = masked_least_squares(hessian, target, keep, masked, iterations=self.fit.iterations)
-                step = problem.bias_step(found)
-                errors = (errors[0], problem.error(found, step))
-        elif self.fit is not None:
-            note = "not reached by the calibration batches: masked only"
-        with torch.no_grad():
-            weight.mul_(mask)
-            if found is not None:
-                weight.copy_(found.reshape(weight.shape))
-                if bias is not None:
-                    bias.add_(step.reshape(-1))
-        return errors, note
+    def _solve(self, layer: nn.Module, mask: Tensor, moments: Moments | None) -> "_Solution":
+        if moments is None:
+            return _Solution(note="" if self.fit is None else _NOT_REACHED)
+        problem = moments.fit(grouped_weight(layer), bias=layer.bias is not None)
+        keep = mask.reshape(problem.weight.shape)
+        masked = torch.where(keep, problem.weight, 0.0)
+        error_masked = problem.error(masked)
+        if not math.isfinite(error_masked):
+            return _Solution(note=_TOO_LARGE)
+        if self.fit is None:
+            return _Solution(error_masked)
+        hessian, target = problem.normal_equations(self.fit.ridge)
+        found = masked_least_squares(hessian, target, keep, masked, iterations=self.fit.iterations)
+        step = problem.bias_step(found)
+        error, dtype = problem.error(found, step), layer.get_parameter("weight").dtype
+        if not (math.isfinite(error) and all(bool(x.to(dtype).isfinite().all()) for x in (found, step))):
+            return _Solution(error_masked, note=_TOO_LARGE)
+        return _Solution(error_masked, error, found, step)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solution:
+    """The output's errors, weights and a step of the bias where these were fitted, and what to note."""
+
+    error_masked: float | None = None
+    error: float | None = None
+    weight: Tensor | None = None
+    step: Tensor | None = None
+    note: str = ""
+
+
+def _apply(layer: nn.Module, mask: Tensor, solution: _Solution) -> None:
+    weight = layer.get_parameter("weight")
+    with torch.no_grad():
+        weight.mul_(mask)
+        if solution.weight is not None and solution.step is not None:
+            weight.copy_(solution.weight.reshape(weight.shape))
+            if isinstance(layer.bias, nn.Parameter):
+                layer.bias.add_(solution.step.reshape(-1))
 
 
 def grouped_weight(layer: nn.Module) -> Tensor:

@@ -53,7 +53,7 @@ class Sampler:
         if x.dim() == dims + 1:
             x = x[None]
         taken = self._taken(self._windows(x), seed)
-        return taken.reshape(len(taken), groups, -1).transpose(0, 1)
+        return taken.reshape(len(taken), groups, self.geometry.cols).transpose(0, 1)
 
     def _windows(self, x: Tensor) -> Tensor:
         """A view (N, *out, C, *kernel) of the padded input."""

@@ -11,6 +11,8 @@ _CHUNK = 32
 
 def linprog_tiles(tiles: Tensor, n: int, *, at_most: bool) -> Tensor:
     """(tiles, rows, columns) scores to optimal masks with exactly, or at most, n per row and column."""
+    if tiles.numel() == 0:
+        return torch.zeros(tiles.shape, dtype=torch.bool)
     parts = [_solve(chunk, n, at_most) for chunk in torch.split(tiles.detach().double().cpu(), _CHUNK)]
     return torch.cat(parts)
 

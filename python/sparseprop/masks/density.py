@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from sparseprop.errors import SparsePropError
-from sparseprop.masks.unstructured import count_of
+from sparseprop.masks.unstructured import count_of, nearest
 
 __all__ = ["layer_counts", "layer_densities"]
 
@@ -68,7 +68,7 @@ def layer_counts(shapes: Mapping[str, Sequence[int]], densities: Mapping[str, fl
         exact = densities[name] * math.prod(shape)
         wanted[name] = float(round(exact)) if math.isclose(exact, round(exact), rel_tol=1e-12) else exact
     counts = {name: math.floor(x) for name, x in wanted.items()}
-    left = round(math.fsum(wanted.values())) - sum(counts.values())
+    left = nearest(math.fsum(wanted.values())) - sum(counts.values())
     for name in sorted(wanted, key=lambda name: counts[name] - wanted[name])[:left]:
         counts[name] += 1
     return counts

@@ -27,8 +27,11 @@ def retained_magnitude(scores: Tensor, mask: Tensor) -> float:
     """
     scores = check_values(scores).double()
     _check_same_shape(check_mask(mask), scores, "mask", "scores")
-    total = float(scores.sum())
-    return float((scores * mask).sum()) / total if total > 0 else 1.0
+    largest = float(scores.amax()) if scores.numel() else 0.0
+    if largest == 0:
+        return 1.0
+    scores = scores / largest  # the sum of large ones would be inf
+    return float((scores * mask).sum() / scores.sum())
 
 
 def sad(

@@ -114,7 +114,7 @@ def transposable_nm_mask(
     ``exact_count=False`` (exact and linprog) asks for at most n, which may keep slightly more mass.
     ``tail`` for incomplete edge tiles: ``"pad"`` keeps at most n per row and column, optimally (greedily
     under the greedy methods); ``"dense"`` keeps them whole; ``"error"`` refuses them. Ties are broken the
-    same way every time, whatever the number of threads or the rest of the weight.
+    same way every time, whatever the number of threads or, but for linprog, the rest of the weight.
 
     Raises SparsePropError for NaN, inf, negative or integer scores, options that do not go together, and
     layers smaller than one tile. Hubara et al., "Accelerated Sparse Neural Training" (arXiv 2102.08124), for

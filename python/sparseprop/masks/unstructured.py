@@ -75,8 +75,8 @@ def random_mask(
     """Keep round(density * numel) positions drawn uniformly; the same generator state gives the same mask.
 
     ``min_per_row`` and ``min_per_col`` keep neurons alive at extreme sparsity: that many per output (dim 0)
-    and per input (dim 1, all kernel positions together), within the same count. Returns a bool mask.
-    Raises SparsePropError when the minima do not fit into the count.
+    and per input (dim 1, all kernel positions together), within the same count: places move where these lack
+    some. Returns a bool mask. Raises SparsePropError when the minima do not fit into the count.
 
     >>> import torch
     >>> int(random_mask((8, 8), 0.25, generator=torch.Generator().manual_seed(0), min_per_row=1).sum())
@@ -84,17 +84,15 @@ def random_mask(
     """
     draws = torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
     count = count_of(density, draws.numel())
-    forced = torch.zeros(draws.shape, dtype=torch.bool)
-    for dim, minimum in ((0, min_per_row), (1, min_per_col)):
+    keep = _top(draws.flatten(), count).reshape(draws.shape)
+    rows, cols = (*draws.shape, 1, 1)[:2]
+    places = (rows, cols, draws.numel() // max(1, rows * cols))
+    for dim, minimum in enumerate((min_per_row, min_per_col)):
         if minimum > 0:
-            _force(forced, draws, dim, minimum)
-    rest = count - int(forced.sum())
-    if rest < 0:
-        raise SparsePropError(
-            f"random_mask got density {density} of {draws.numel()} ({count} kept), wanted at least "
-            f"{count - rest} for min_per_row={min_per_row} and min_per_col={min_per_col}; lower these."
-        )
-    return forced | _top(draws.masked_fill(forced, -1.0).flatten(), rest).reshape(draws.shape)
+            lines = keep.view(places).transpose(0, dim)
+            _check_minimum(("min_per_row", "min_per_col")[dim], minimum, lines, density)
+            _even_out(lines, draws.view(places).transpose(0, dim), minimum)
+    return keep
 
 
 def random_masks(
@@ -126,7 +124,12 @@ def random_masks(
 def count_of(density: float, numel: int) -> int:
     if not 0.0 <= density <= 1.0:
         raise SparsePropError(f"density got {density}, wanted 0..1 (the fraction kept, 1 - sparsity).")
-    return round(density * numel)
+    return nearest(density * numel)
+
+
+def nearest(count: float) -> int:
+    """The nearest whole number, halves to even; 15 * (1 - 0.9) is such a half, though not in binary."""
+    return round(round(count, 6))
 
 
 def _top(values: Tensor, count: int) -> Tensor:
@@ -140,11 +143,39 @@ def _top(values: Tensor, count: int) -> Tensor:
     return keep
 
 
-def _force(forced: Tensor, draws: Tensor, dim: int, minimum: int) -> None:
-    lines = draws.movedim(dim, 0).flatten(1)
-    if minimum > lines.shape[1]:
-        name = ("min_per_row", "min_per_col")[dim]
-        raise SparsePropError(f"{name} got {minimum}, wanted at most {lines.shape[1]}, what one holds.")
-    chosen = torch.zeros(lines.shape, dtype=torch.bool)
-    chosen.scatter_(1, lines.topk(minimum, dim=1).indices, True)
-    forced |= chosen.reshape(draws.movedim(dim, 0).shape).movedim(0, dim)
+def _check_minimum(name: str, minimum: int, keep: Tensor, density: float) -> None:
+    room, count, least = keep.shape[1] * keep.shape[2], int(keep.sum()), minimum * len(keep)
+    if minimum > room:
+        raise SparsePropError(f"{name} got {minimum}, wanted at most {room}, what one holds.")
+    if count < least:
+        raise SparsePropError(
+            f"random_mask got density {density} of {keep.numel()} ({count} kept), wanted at least {least} "
+            f"for {name}={minimum}; lower it or raise the density."
+        )
+
+
+def _even_out(keep: Tensor, draws: Tensor, minimum: int) -> None:
+    """Move kept places of (lines, crossing lines, places) to lines below ``minimum``, within crossing lines.
+
+    So the crossing lines keep their counts. The lowest draws go first. A line above the minimum always has
+    more than one below it in some crossing line, so that there is room for one of its own there.
+    """
+    counts = keep.sum((1, 2))
+    short = (counts < minimum).nonzero().flatten().tolist()
+    held = keep.nonzero()[draws[keep].argsort(stable=True)] if short else keep.new_empty(0, 3)
+    for line in short:
+        free = (~keep[line]).sum(1)
+        able = ((counts[held[:, 0]] > minimum) & (free[held[:, 1]] > 0)).nonzero().flatten()
+        tried = 0
+        while counts[line] < minimum:
+            index = able[tried]
+            source, crossing, place = held[index].tolist()
+            tried += 1
+            if counts[source] == minimum or free[crossing] == 0:
+                continue
+            target = draws[line, crossing].masked_fill(keep[line, crossing], -1.0).argmax()
+            keep[source, crossing, place], keep[line, crossing, target] = False, True
+            held[index, 0] = line
+            counts[source] -= 1
+            counts[line] += 1
+            free[crossing] -= 1

@@ -22,6 +22,7 @@ from sparseprop.nn.convert import dense_source, finished_mask
 from sparseprop.nn.linear import SparseLinear
 from sparseprop.nn.mask_rule import MaskRule
 from sparseprop.nn.straight_through import masked, straight_through
+from sparseprop.nn.watch import WeightWatch
 
 __all__ = ["MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MaskedLayer", "MaskedLinear"]
 
@@ -45,7 +46,7 @@ class MaskedLayer(nn.Module):
     def _start(self, rule: MaskRule | None) -> None:
         self.rule = rule
         self.mask_age = 0  # weight updates since the mask was made
-        self._seen: int | None = None
+        self._watch = WeightWatch()
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
 
     @classmethod
@@ -92,11 +93,10 @@ class MaskedLayer(nn.Module):
         """Use this bool mask of the weight's shape from now on; a static layer zeroes what it prunes."""
         self.mask.copy_(finished_mask(self.weight.detach().cpu(), mask.cpu()))
         self.mask_age = 0
-        self._seen = self.weight._version
         if self.static:
             with torch.no_grad():
                 self.weight.mul_(self.mask)
-            self._seen = self.weight._version
+        self._watch.remember(self.weight)
 
     def refresh(self) -> None:
         """Make the mask anew from |weight|, in any mode. Refuses a layer without a pattern."""
@@ -124,13 +124,14 @@ class MaskedLayer(nn.Module):
 
     def _count_update(self) -> None:
         self.mask_age += self._pending()
-        self._seen = self.weight._version
         if self.rule is not None and self.mask_age >= (self.rule.every or 0):
             self.refresh()
+        else:
+            self._watch.remember(self.weight)
 
     def _pending(self) -> int:
         """1 if the weight was updated since the last forward pass."""
-        return int(self._seen is not None and self._seen != self.weight._version)
+        return int(self._watch.changed(self.weight))
 
     @property
     def nnz(self) -> int:
@@ -172,13 +173,13 @@ class MaskedLayer(nn.Module):
         own.setdefault(prefix + "mask", self.mask)  # a dense checkpoint: the mask follows from the weight
         super()._load_from_state_dict(own, prefix, *args, **kwargs)
         self.mask_age = 0 if age is None else int(age)
-        self._seen = self.weight._version
+        self._watch.remember(self.weight)
         if dense:
             self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
         age = self.mask_age + self._pending()
-        return self.__dict__ | {"_seen": None, "mask_age": age}  # versions mean nothing to a copy
+        return self.__dict__ | {"_watch": WeightWatch(), "mask_age": age}  # versions mean nothing to a copy
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
