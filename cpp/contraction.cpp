@@ -14,9 +14,9 @@ constexpr size_t kCached = 6;
 // Backward, a segment loads two rows and stores one: 16 is 3 to 5 % faster than 8 on Linear and 1x1 layers, but 0 to 4 %
 // slower on 3x3 ones, whose blocks have longer rows.
 constexpr double kSegment = 8, kSegmentBackward = 16;
-// Of columns without a halo: layers of 64 to 1024 channels, batch 1 to 64, at 4x4, 7x7, 14x14 and 28x28. 512->512 3x3 @7, one
-// thread, forward and backward 17.9 and 31.3 -> 14.0 and 22.7 ms at 50 % density, 5.0 and 7.5 -> 4.4 and 5.9 at 10.
-constexpr double kCopyingForward = 7, kCopyingBackward = 4;
+// Of columns without a halo: layers of 64 to 1024 channels, batch 1 to 64, at 4x4, 7x7, 14x14 and 28x28. Backward would pay from
+// 4 on with warm caches (512->512 3x3 @7, 10 % density, 7.5 -> 5.9 ms), and loses 0 to 4 % there with cold ones.
+constexpr double kCopyingForward = 7, kCopyingBackward = 8;
 constexpr double kHalfTileForward = 0.12, kHalfTileBackward = 0.03;
 
 bool worth_threads(const Layer& layer, const Lowered& low, int64_t nnz, int64_t lanes) {

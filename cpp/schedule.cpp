@@ -73,7 +73,7 @@ void choose_panel(Schedule& s, const Grid& grid, int64_t rows, int64_t lanes) {
 
 void choose_parts(Schedule& s, int64_t rows, int64_t fit) {
   s.stream.part_rows = std::clamp<int64_t>(fit, 64, 1024);
-  s.stream.min_parts = std::clamp<int64_t>(kPieces / std::max<int64_t>(1, s.chunks), 1, std::max<int64_t>(1, rows / 32));
+  s.stream.min_parts = std::clamp<int64_t>((kPieces + s.chunks - 1) / std::max<int64_t>(1, s.chunks), 1, std::max<int64_t>(1, rows / 32));
 }
 
 int64_t parts_of(const StreamShape& stream, int64_t rows) {
