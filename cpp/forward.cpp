@@ -1,4 +1,7 @@
 // Forward: pack a chunk of the input, run every part of the rows over its tiles, store the output tiles.
+// Tried: 1x1 layers on planes of 28x28 and 56x56 as they lie, neither packed nor stored, a block of channels at a time so that
+// memory is read in order: at 2 % density 20 to 45 % faster where inputs are most of it, 10 % slower where outputs are; 0 to 10 %
+// faster at 50 %, 0 to 10 % slower at 5 to 20.
 #include <optional>
 
 #include "run.h"
