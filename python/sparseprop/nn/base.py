@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
-from sparseprop.nn.convert import dense_source, finished_mask, pattern_of
 from sparseprop.nn.state import fitted
-from sparseprop.nn.storage import Pattern, buffers_of, check_shape, fingerprint, pattern_in, plain, store
+from sparseprop.nn.storage import (
+    Pattern,
+    buffers_of,
+    check_shape,
+    fingerprint,
+    pattern_in,
+    plain,
+    store,
+    warn_if_overwritten,
+)
+from sparseprop.nn.twin import DenseTwin
 from sparseprop.ops import Finish, Operator, apply, apply_again, apply_finished, apply_shared
 from sparseprop.ops.eligible import watched
 from sparseprop.ops.inverted import SparseStep
@@ -25,17 +33,14 @@ from sparseprop.pattern import SparsityPattern
 __all__ = ["SparseLayer"]
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(DenseTwin):
     """Base of `SparseLinear` and `SparseConv1d/2d/3d`; not for direct use.
 
     `weight_values` (nnz,) is the Parameter, `weight_shape` a buffer like the pattern: `weight_row_ptr` and
     `weight_col_idx`, or for a packed N:M pattern `weight_nm` and `weight_nm_bits`.
     """
 
-    weight_values: Parameter
     weight_shape: Tensor
-    bias: Parameter | None
-    _dense_type: type[nn.Module]
     _pattern_keys: tuple[str, str]
 
     def __init__(
@@ -129,7 +134,9 @@ class SparseLayer(nn.Module):
     def _operator_for(self, head: Tensor, index: Tensor) -> Operator:
         operator = self._operator
         if operator is None or not operator.matches(head, index):
-            self._warn_if_overwritten()
+            now = fingerprint(self._buffers)
+            warn_if_overwritten(type(self).__name__, self._fingerprint, now)
+            object.__setattr__(self, "_fingerprint", now)
             operator = Operator(self._kernel_geometry, head, index)
             object.__setattr__(self, "_operator", operator)
         return operator
@@ -139,18 +146,6 @@ class SparseLayer(nn.Module):
         head, index = buffers
         self._pattern_keys = (head, index)
         self._fingerprint = fingerprint(self._buffers)
-
-    def _warn_if_overwritten(self) -> None:
-        """Averages of integers are rounded: a pattern's become another one, which may pass as valid."""
-        before, now = self._fingerprint, fingerprint(self._buffers)
-        object.__setattr__(self, "_fingerprint", now)
-        if before is not None and now is not None and before != now:
-            warnings.warn(
-                f"the pattern of a {type(self).__name__} was overwritten in place. If an average of models "
-                "did that (AveragedModel with use_buffers=True), the pattern is wrong now: average only "
-                "floating-point tensors. If you did, use load_state_dict, which checks patterns.",
-                stacklevel=3,
-            )
 
     def _load_from_state_dict(
         self,
@@ -219,85 +214,6 @@ class SparseLayer(nn.Module):
     def density(self) -> float:
         """Share of the dense weight that the pattern keeps."""
         return self.nnz / self._geometry.numel if self._geometry.numel else 0.0
-
-    @classmethod
-    def _options_of(cls, module: nn.Module) -> dict[str, Any]:
-        raise NotImplementedError
-
-    @classmethod
-    def _build(cls, options: dict[str, Any], pattern: Pattern | None, **kwargs: Any) -> Self:
-        return cls(**options, pattern=pattern, **kwargs)
-
-    @classmethod
-    def from_dense(cls, module: nn.Module, *, mask: Tensor | None = None, pattern: str | None = None) -> Self:
-        """The sparse twin of a plain torch layer, with copies of its weights.
-
-        The pattern is `mask` (bool, zeros inside it stay trainable), else the mask of `torch.nn.utils.prune`
-        if it has one, else `weight != 0`. `pattern="2:4"` (any N:M) demands besides that at most N of M
-        consecutive input channels are kept; if it is exactly N, and M is 4, 8, 16 or 32, the indices are
-        stored in a few bits each. `"auto"` does so for the smallest M that fits, if any does.
-
-        Keeps `training`, `requires_grad` and dtype. Refuses subclasses, parametrized layers, other devices
-        than the CPU, and layers with hooks: a hook may rely on the dense weight, so remove it, then register
-        it on the result.
-        """
-        weight, found = dense_source(module, cls._dense_type)
-        keep = finished_mask(weight, found if mask is None else mask)
-        layer = cls._build(
-            cls._options_of(module),
-            pattern_of(keep, pattern),
-            bias=module.bias is not None,
-            device="cpu",
-            dtype=weight.dtype,
-        )
-        layer._fill(weight, module.bias if isinstance(module.bias, Tensor) else None)
-        original = getattr(module, "weight_orig", module.weight)
-        assert isinstance(original, Tensor)
-        layer.weight_values.requires_grad_(original.requires_grad)
-        return layer.train(module.training)
-
-    def _fill(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        with torch.no_grad():
-            if weight is not None:
-                self.weight_values.copy_(weight.detach().reshape(-1)[self.pattern.flat_index()])
-            if bias is not None and self.bias is not None:
-                self.bias.copy_(bias.detach())
-                self.bias.requires_grad_(bias.requires_grad)
-
-    @classmethod
-    def _from_mask(
-        cls,
-        options: dict[str, Any],
-        mask: Tensor,
-        *,
-        weight: Tensor | None,
-        bias: bool | Tensor,
-        dtype: torch.dtype | None,
-    ) -> Self:
-        if weight is not None and weight.shape != mask.shape:
-            raise SparsePropError(
-                f"weight must have the shape of mask, {tuple(mask.shape)}, got {tuple(weight.shape)}."
-            )
-        if dtype is None and weight is not None:
-            dtype = weight.dtype
-        layer = cls._build(
-            options, SparsityPattern.from_mask(mask), bias=bias is not False, device="cpu", dtype=dtype
-        )
-        if isinstance(bias, Tensor) and bias.shape != (layer._geometry.out_channels,):
-            raise SparsePropError(
-                f"bias must have shape ({layer._geometry.out_channels},), got {tuple(bias.shape)}."
-            )
-        layer._fill(weight, bias if isinstance(bias, Tensor) else None)
-        return layer
-
-    def to_dense(self) -> nn.Module:
-        """The plain torch layer with the same weights, bit for bit, `training` and `requires_grad`."""
-        bias = self.bias
-        dense = self._dense_type(**self._options_of(self), bias=bias is not None, device="meta")
-        dense.weight = Parameter(self.weight.detach(), self.weight_values.requires_grad)
-        if bias is not None:
-            dense.bias = Parameter(bias.detach().clone(), bias.requires_grad)
-        return dense.train(self.training)
 
     def _sparsity_repr(self) -> str:
         packed = f", pattern={self.nm!r}" if self.nm else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Mapping
 
@@ -21,6 +22,7 @@ __all__ = [
     "pattern_in",
     "plain",
     "store",
+    "warn_if_overwritten",
 ]
 
 Pattern = SparsityPattern | PackedNM
@@ -73,6 +75,17 @@ def fingerprint(buffers: Mapping[str, Tensor | None]) -> int | None:
                 return None
             code = zlib.crc32(tensor.detach().contiguous().numpy().data, code)
     return code
+
+
+def warn_if_overwritten(layer: str, before: int | None, now: int | None) -> None:
+    """Averages of integers are rounded: a pattern's become another one, which may pass as valid."""
+    if before is not None and now is not None and before != now:
+        warnings.warn(
+            f"the pattern of a {layer} was overwritten in place. If an average of models did that "
+            "(AveragedModel with use_buffers=True), the pattern is wrong now: average only floating-point "
+            "tensors. If you did, use load_state_dict, which checks patterns.",
+            stacklevel=4,
+        )
 
 
 def pattern_in(entries: Mapping[str, Tensor], weight_shape: tuple[int, ...]) -> Pattern | None:

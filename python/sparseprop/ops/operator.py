@@ -16,9 +16,8 @@ from sparseprop.geometry import Geometry
 from sparseprop.ops.call import Call, new_call
 from sparseprop.ops.finish import Finish
 from sparseprop.ops.kept import refuse_changed
-from sparseprop.ops.layout import PLAIN, Five, five_strides, lift, plain, sum_channels
-from sparseprop.packed import PackedNM
-from sparseprop.pattern import SparsityPattern
+from sparseprop.ops.layout import PLAIN, Five, five_strides, plain, sum_channels
+from sparseprop.ops.lower import lower
 
 __all__ = ["Operator", "operator_for"]
 
@@ -33,7 +32,7 @@ class Operator:
 
     def __init__(self, geometry: Geometry, head: Tensor, index: Tensor) -> None:
         self.geometry = geometry
-        self.contraction: Any = _lower(geometry, head, index)
+        self.contraction: Any = lower(geometry, head, index)
         self.nnz: int = self.contraction.nnz
         self.values_shape = (self.nnz,)
         self._backend = backend.Contraction
@@ -236,35 +235,6 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 def _row(tensor: Tensor) -> Tensor:
     """Values or a bias as the kernels read them."""
     return tensor.resolve_neg().contiguous()
-
-
-def _lower(geometry: Geometry, head: Tensor, index: Tensor) -> Any:
-    if head.device.type != "cpu" or index.device.type != "cpu":
-        raise SparsePropError(
-            f"the pattern must be on the CPU, got {index.device}; load a checkpoint or use `.to('cpu')`."
-        )
-    layer = (
-        geometry.out_channels,
-        geometry.in_channels,
-        geometry.groups,
-        lift(geometry.kernel_size, 1),
-        lift(geometry.stride, 1),
-        lift(geometry.dilation, 1),
-    )
-    head, index = head.detach().contiguous(), index.detach().contiguous()
-    packed = index.dtype is torch.uint8
-    pattern: SparsityPattern | PackedNM
-    if packed:
-        pattern = PackedNM(geometry.weight_shape, head, index)
-    else:
-        pattern = SparsityPattern(geometry.out_channels, geometry.cols, head, index)
-    pattern.validate()
-    try:
-        if packed:
-            return backend.Contraction.from_nm(*layer, *head.tolist(), index.numpy())
-        return backend.Contraction(*layer, head.numpy(), index.numpy())
-    except ValueError as error:
-        raise SparsePropError(f"the pattern cannot be lowered: {error}") from error
 
 
 _known: MutableMapping[Tensor, Operator] = WeakTensorKeyDictionary()
