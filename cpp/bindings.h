@@ -69,7 +69,7 @@ class PyContraction {
 
  private:
   static void require_memory(uintptr_t address, const char* what) {
-    if (address == 0) throw std::invalid_argument(std::string("the ") + what + " has no memory of its own; clone it first.");
+    if (address == 0) throw std::invalid_argument(std::string("the ") + what + " is empty or has no memory of its own; clone it.");
   }
 
   template <class S, class Run>

@@ -10,7 +10,7 @@ Grid compact_grid(int64_t batch, const Triple& size) {
 }
 
 bool may_compact(const Layer& layer, const Grid& padded, bool forward) {
-  return (forward || layer.stride == Triple{1, 1, 1}) && padded.lanes == 1 && padded.max_shift > 0 && padded.columns > 0;
+  return (forward || layer.stride == Triple{1, 1, 1}) && padded.lanes == 1 && padded.max_shift > 0;
 }
 
 Compact::Compact(const Grid& compact, const Grid& padded, const Triple& first, const CompactShape& shape) {

@@ -55,7 +55,7 @@ Lowered lowered_pattern(const Layer& layer, const PatternRef& pattern, Direction
   std::optional<Schedule> schedule;
   if (by_rows) {
     schedule = make_row_schedule(padded, problem, element_size);
-  } else if (may_compact(layer, padded, forward)) {
+  } else if (compact.columns > 0 && may_compact(layer, padded, forward)) {
     schedule = make_compact_schedule(padded, compact, forward ? Triple{} : sizes.padding, taps, problem, element_size);
   }
   if (!schedule) schedule = make_schedule(layer, padded, taps, problem, element_size);

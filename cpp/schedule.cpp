@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kL1 = 24 * 1024;
 constexpr int64_t kL1Copies = 36 * 1024;  // they lie side by side: forward 2 to 8 % faster than with 24 or 48
 constexpr int64_t kL2 = 384 * 1024;
+constexpr int64_t kMostPanel = 16 << 20;  // of a chunk whose columns lie far apart on the padded grid, in bytes for each thread
 // Chunks times parts, at least: what changes threads as one. 16 evens uneven cores out a little better (forward 2 % faster
 // there), and costs 3 to 7 % where they are even; 32 costs backward passes 8 %.
 constexpr int64_t kPieces = 8;
@@ -203,6 +204,7 @@ std::optional<Schedule> make_compact_schedule(const Grid& padded, const Grid& co
   if (problem.nnz / copied * halo < problem.copying * std::max(1.0, stores / 2)) return std::nullopt;
   s.compact = Compact(compact, padded, first, {s.tile, s.chunk, lanes});
   choose_pitch(s, s.compact.most_padded() + padded.max_shift, problem.panel_rows, lanes);
+  if (s.panel_size > kMostPanel / element_size) return std::nullopt;
   choose_blocks(s.stream, {problem.channels(), 1, copies, copies * element_size, kL1Copies, 0, log2_of(lanes)}, problem);
   return s;
 }

@@ -24,6 +24,7 @@ CONVS = {
         {"padding": (4, 0), "dilation": (2, 1)},
     ),
     "3-D groups, columns without halo": (3, 120, 120, 3, (3, 2, 4), {"groups": 2, "padding": 1}),
+    "1-D, columns far apart": (1, 64, 64, 2, (1001,), {"dilation": 999}),
     "3x3 stride 2": (2, 5, 6, 3, (9, 8), {"padding": 1, "stride": 2}),
     "3x3 no padding": (2, 3, 4, 3, (17, 33), {}),
     "5x5 wider padding than half": (2, 2, 3, 5, (6, 5), {"padding": (4, 3)}),
