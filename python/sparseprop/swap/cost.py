@@ -50,11 +50,13 @@ def estimate(
     tiles, lanes = math.ceil(columns / _TILE), math.ceil(columns / _LANES)
     linear = layer.kind == "Linear"
     call_ns = machine.few_call_ns if linear and columns <= _FEW else machine.call_ns
-    nonzeros_ns = nnz * (call_ns + machine.tile_ns * tiles + machine.lanes_ns * lanes)
+    window = math.prod(layer.kernel) > 1
+    lanes_ns = machine.window_lanes_ns if window else machine.lanes_ns
+    nonzeros_ns = nnz * (call_ns + machine.tile_ns * tiles + lanes_ns * lanes)
     if linear and columns <= _FEWEST:
         nonzeros_ns = min(nonzeros_ns, weights * (machine.weight_ns + machine.weight_column_ns * columns))
     moved = columns * (layer.in_features * shrink + layer.rows)
-    moved_ns = c.window_moved_ns if math.prod(layer.kernel) > 1 else c.moved_ns
+    moved_ns = c.window_moved_ns if window else c.moved_ns
     return Estimate(
         dense_ms=1e-3 * c.dense_call_us + max(compute_ms, read_ms) + 1e-6 * c.dense_moved_ns * moved,
         sparse_ms=1e-3 * c.sparse_call_us + 1e-6 * nonzeros_ns + 1e-6 * moved_ns * moved,

@@ -43,6 +43,7 @@ class Machine:
         weight_ns, weight_column_ns: per weight, zero or not, and per column of it, where bitmaps are used.
         tile_ns: per non-zero and tile of columns: index, value, dot product.
         lanes_ns: per non-zero and 16 columns.
+        window_lanes_ns: the same of kernels larger than 1, whose halo counts as no column.
     """
 
     families: dict[str, Constants]
@@ -52,6 +53,7 @@ class Machine:
     weight_column_ns: float
     tile_ns: float
     lanes_ns: float
+    window_lanes_ns: float
 
 
 _Seven = tuple[float, float, float, float, float, float, float]
@@ -80,6 +82,7 @@ INTEL = Machine(
     weight_column_ns=0.0,
     tile_ns=0.65,
     lanes_ns=1.20,
+    window_lanes_ns=1.20,
 )
 # An EPYC of Zen 5. Fitted to the short benchmark, run once, and to twenty layers more: small ones, small
 # batches, narrow convolutions, down to 10 % sparsity; those of few columns to ten of batch 1 to 32.
@@ -94,6 +97,7 @@ AMD = Machine(
     weight_column_ns=0.035,
     tile_ns=0.191,
     lanes_ns=0.416,
+    window_lanes_ns=0.32,  # not fitted with the others: 3x3 layers at 50 %, since columns have no halo
 )
 
 
