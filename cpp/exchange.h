@@ -10,8 +10,8 @@
 
 namespace sparseprop {
 
-// Dense enough patterns of one tap and group are transposed by their bits; others move one non-zero after the other, tile by tile, so that what is
-// visited in random order stays in a cache, and one of the two orders is walked in runs.
+// Dense enough patterns of one tap and group are transposed by their bits; others move one non-zero after the other, tile by
+// tile, so that what is visited in random order stays in a cache, and one of the two orders is walked in runs.
 class Exchange {
  public:
   Exchange() = default;

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from sparseprop.errors import SparsePropError
@@ -85,7 +84,7 @@ class SparseLayer(DenseTwin):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for an input of the shape its dense twin takes."""
         values, bias, head, index = self._operands()
-        if is_compiling() or watched() or not index.is_cpu or type(index) is not Tensor:
+        if watched() or not index.is_cpu or type(index) is not Tensor:
             return apply(x, values, bias, head, index, self._geometry, None)
         operator = self._operator_for(head, index)
         out = None if self._pads_first else apply_again(operator, x, values, bias)
@@ -113,7 +112,7 @@ class SparseLayer(DenseTwin):
 
     def operator(self) -> Operator | None:
         """What runs the layer in one step, another one once the pattern was changed; None if nothing does."""
-        if is_compiling() or watched():
+        if watched():
             return None
         head, index = (self._buffers[key] for key in self._pattern_keys)
         if self._pads_first or head is None or index is None or not index.is_cpu or type(index) is not Tensor:

@@ -89,7 +89,7 @@ def apply(
             x = functional.pad(x, geometry.functional_padding(), mode=geometry.padding_mode)
             geometry = geometry.without_padding()
     x = checked_input(x, values, bias, index, geometry)
-    followed = is_compiling() or watched()
+    followed = watched()
     if followed and not is_compiling():
         refuse_differentiation()
     plain = type(x) in PLAIN_TYPES and type(values) in PLAIN_TYPES and x.is_cpu

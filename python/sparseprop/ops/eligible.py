@@ -19,12 +19,12 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 def watched() -> bool:
-    """Whether a trace, transform or dispatch mode follows the operators called, and would miss the kernels.
+    """Whether a compiler, trace, transform or dispatch mode follows the calls, and would miss the kernels.
 
     >>> watched()
     False
     """
-    return _tracing() is not None or _modes() > 0 or _transforms()
+    return is_compiling() or _tracing() is not None or _modes() > 0 or _transforms()
 
 
 def refuse_differentiation() -> None:
@@ -49,7 +49,6 @@ def kernels_may_read(*tensors: Tensor) -> bool:
     dtype = tensors[0].dtype
     return (
         backend.name == "native"
-        and not is_compiling()
         and not watched()
         and forward_ad._current_level < 0
         and dtype in _DTYPES

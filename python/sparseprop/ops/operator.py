@@ -158,13 +158,7 @@ class Operator:
         grad_strides: Five | None = call.out_strides
         if grad.stride() != call.out_memory or grad.is_neg():
             grad, grad_strides = self._readable(grad)
-        x_strides: Five | None = _ABSENT
-        if x is not None and needs[1]:
-            if x.shape != call.in_shape or x.dtype is not grad.dtype or not x.is_cpu:
-                refuse_changed("input", x, call.in_shape, grad.dtype)
-            x_strides = call.in_strides if x.stride() == call.in_memory else None
-            if x_strides is None or x.is_neg():
-                x, x_strides = self._readable(x)
+        x, x_strides = self._kept_input(call, grad.dtype, x if needs[1] else None)
         if values is not None:
             if values.shape != self.values_shape or values.dtype is not call.wide or not values.is_cpu:
                 refuse_changed("weight values", values, self.values_shape, call.wide)
@@ -176,7 +170,7 @@ class Operator:
             call.in_size,
             call.padding,
             call.out_size,
-            x.data_ptr() if x is not None and needs[1] else 0,
+            0 if x is None else x.data_ptr(),
             x_strides,
             0 if values is None else values.data_ptr(),
             grad.data_ptr(),
@@ -188,6 +182,16 @@ class Operator:
             *also,
         )
         return grad_x, grad_values, grad_bias
+
+    def _kept_input(self, call: Call, dtype: torch.dtype, x: Tensor | None) -> tuple[Tensor | None, Five]:
+        """What a forward pass kept of its input, as the kernels can read it, and its strides."""
+        if x is None:
+            return None, _ABSENT
+        if x.shape != call.in_shape or x.dtype is not dtype or not x.is_cpu:
+            refuse_changed("input", x, call.in_shape, dtype)
+        if call.in_strides is None or x.stride() != call.in_memory or x.is_neg():
+            return self._readable(x)
+        return x, call.in_strides
 
     @staticmethod
     def _input_gradient(call: Call, grad: Tensor, reuse: Tensor | None) -> Tensor:
