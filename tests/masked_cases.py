@@ -20,3 +20,13 @@ WRONG_RULES = [
     ({"pattern": "2:4", "decay": float("nan")}, r"decay=nan, wanted a number"),
     ({"pattern": "2:4", "decay": True}, r"decay=True, wanted a number"),
 ]
+
+
+def layer_of(rule="2:4", inputs=16, outputs=8, **options) -> MaskedLinear:
+    return MaskedLinear.from_dense(nn.Linear(inputs, outputs, **options), pattern=rule)
+
+
+def step(layer, optimizer, x):
+    optimizer.zero_grad()
+    layer(x).square().mean().backward()
+    optimizer.step()
