@@ -77,19 +77,19 @@ class Lines {
   std::vector<uintptr_t> lines_;
 };
 
-// Where a tensor's elements lie, and how many bytes they take; or of integers, which are read ahead of time, how often they
+// Where a tensor's elements lie, how many bytes they take and whether they are in order; or of integers, which are read ahead of time, how often they
 // were written to. Each question is a call of torch, most of what a look takes.
 class TensorFacts {
  public:
   explicit TensorFacts(py::handle tensor) : tensor_(tensor) {
     unsigned long long floating = 0;
-    known_ = number(PyObject_CallMethod(tensor.ptr(), "is_floating_point", nullptr), floating) && address(address_) && bytes(bytes_);
+    known_ = number(PyObject_CallMethod(tensor.ptr(), "is_floating_point", nullptr), floating) && address(address_) && bytes(bytes_) && in_order(in_order_);
     counted_ = !floating && version(version_);
   }
   bool hold() const {
-    unsigned long long now, bytes_now;
+    unsigned long long now;
     if (counted_) return known_ && version(now) && now == version_;
-    return known_ && address(now) && now == address_ && bytes(bytes_now) && bytes_now == bytes_;
+    return known_ && address(now) && now == address_ && bytes(now) && now == bytes_ && in_order(now) && now == in_order_;
   }
 
  private:
@@ -101,6 +101,10 @@ class TensorFacts {
     static PyObject* const name = PyUnicode_InternFromString("nbytes");
     return number(PyObject_GetAttr(tensor_.ptr(), name), value);
   }
+  bool in_order(unsigned long long& value) const {
+    static PyObject* const name = PyUnicode_InternFromString("is_contiguous");
+    return number(PyObject_CallMethodNoArgs(tensor_.ptr(), name), value);
+  }
   bool version(unsigned long long& value) const {
     static PyObject* const name = PyUnicode_InternFromString("_version");
     return number(PyObject_GetAttr(tensor_.ptr(), name), value);
@@ -108,7 +112,7 @@ class TensorFacts {
 
   py::handle tensor_;  // whoever made this keeps it
   bool counted_ = false, known_ = false;
-  unsigned long long address_ = 0, bytes_ = 0, version_ = 0;
+  unsigned long long address_ = 0, bytes_ = 0, in_order_ = 0, version_ = 0;
 };
 
 class ModuleFacts;

@@ -68,7 +68,7 @@ void known_stats(const NormForward<S>& call, int64_t channels) {
 
 template <class S>
 void finish_stats(const NormForward<S>& call, int64_t c, double count, double sum, double squares, double close) {
-  const double mean = sum / count, variance = std::max(0.0, squares / count - mean * mean);
+  const double mean = sum / count, variance = std::max(squares / count - mean * mean, 0.0);  // in this order NaN stays NaN
   call.mean[c] = static_cast<S>(close + mean);
   call.inv_std[c] = static_cast<S>(1.0 / std::sqrt(variance + call.eps));
   if (!call.running.mean) return;

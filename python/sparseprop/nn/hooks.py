@@ -1,4 +1,4 @@
-"""Hooks: code of the user's that runs when a module is called."""
+"""Code of the user's that runs when a module is called: hooks, or a forward put in the place of its own."""
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -7,7 +7,7 @@ __all__ = ["hooked", "hooks_everywhere"]
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module, or going backward through it, calls hooks of its own.
+    """Whether calling the module, or going backward through it, runs more than the forward of its class.
 
     >>> hooked(nn.ReLU())
     False
@@ -17,6 +17,7 @@ def hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in vars(module)
     )
 
 

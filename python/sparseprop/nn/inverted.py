@@ -77,16 +77,16 @@ def _state(modules: Sequence[nn.Module]) -> list[Any]:
     for module in modules:
         tensors += module._parameters.values()
         fields = vars(module)
-        state += type(module), module.training, hooked(module), fields.get("eps")
+        state += type(module), type(module).forward, module.training, hooked(module), fields.get("eps")
         if isinstance(module, SparseLayer):
             state.append(module.operator())
         elif isinstance(module, nn.Conv2d):
-            state += module.stride, module.padding, module.dilation, module.groups
+            state += module.stride, module.padding, module.dilation, module.groups, module.padding_mode
         else:
             tensors += map(module._buffers.get, _STATISTICS)
     state += map(id, tensors)
     tensors = [tensor for tensor in tensors if tensor is not None]
-    for what in (Tensor.data_ptr, Tensor.numel, _dtype):
+    for what in (Tensor.data_ptr, Tensor.numel, Tensor.stride, Tensor.is_neg, _dtype):
         state += map(what, tensors)
     return state
 
@@ -107,7 +107,13 @@ def _made(modules: Sequence[nn.Module], caps: tuple[float, float, float]) -> Inv
 def _is_plain(module: nn.Module) -> bool:
     """Whether no hook would miss a call, and `_state` sees all that its numbers come from."""
     weight = "weight_values" if isinstance(module, SparseLayer) else "weight"
-    return not (hooked(module) or module._modules or {weight, "bias"} - module._parameters.keys())
+    named = {weight, "bias"} <= module._parameters.keys()
+    readable = all(each is None or (each.is_contiguous() and not each.is_neg()) for each in _numbers(module))
+    return not hooked(module) and not module._modules and named and readable
+
+
+def _numbers(module: nn.Module) -> list[Tensor | None]:
+    return [*module._parameters.values(), *map(module._buffers.get, _STATISTICS)]
 
 
 def _step(layer: nn.Module, norm: nn.Module, cap: float) -> SparseStep | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -17,7 +17,10 @@ class Mixin(nn.Module):
     _derived: tuple[str, ...] = ()  # attributes that follow from the module: not copied, gone with the mixin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in self._derived}
+        state = super().__getstate__()  # type: ignore[no-untyped-call]  # the class may have one of its own
+        if not isinstance(state, dict):
+            return cast("dict[str, Any]", state)
+        return {key: value for key, value in state.items() if key not in self._derived}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self._mixin, self._base), self.__getstate__()

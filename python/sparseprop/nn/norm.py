@@ -22,18 +22,15 @@ from sparseprop.ops.stage import NormSpec, Stage
 
 __all__ = [
     "NATIVE_NORMS",
-    "PASSING",
+    "RELU_CAPS",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "NativeNorm",
-    "PassingReLU",
-    "PassingReLU6",
     "Statistics",
     "norm_behind",
 ]
 
-_DONE = "_sparseprop_relu_done"
 _AFFINE = ("weight", "bias")
 
 
@@ -61,31 +58,26 @@ class Statistics(nn.modules.batchnorm._BatchNorm):
 
 
 class NativeNorm(Statistics):
-    """Base of the three; `cap` tells the activation that follows and is applied at once: see `NormSpec`."""
-
-    cap = 0.0
+    """Base of the three."""
 
     def forward(
         self,
         input: Tensor,
         residual: Tensor | None = None,
-        cap: float | None = None,
+        cap: float = 0.0,
         pool: nn.Module | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        """`pool(activation(batch_norm(input) + residual))`; `cap` as in `NormSpec`, else the module's own."""
+        """`pool(activation(batch_norm(input) + residual))`, with `cap` as in `NormSpec`.
+
+        The sum is of the type that torch gives it, `in_place` that of the norm.
+        """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        # A ReLU that cannot be marked as done is left to the module behind: two of them are as good as one,
-        # but the second may work in place, on what the first has kept for its backward pass. Hooks are to see
-        # the norm's own output.
-        can_mark = type(input) is Tensor and not torch.compiler.is_compiling()
-        own = self.cap if can_mark and not hooked(self) and not hooks_everywhere() else 0.0
-        stage = self.stage(own if cap is None else cap)
+        stage = self.stage(cap)
         self.count()
         pool_spec = pool.spec() if isinstance(pool, MaxPool2d) and not hooked(pool) else None
         spec = replace(stage.spec, pool=pool_spec)
-        out = batch_norm(input, stage.running, self.weight, self.bias, spec, residual)
-        if cap is None and own:
-            setattr(out, _DONE, True)
+        out = batch_norm(input, stage.running, self.weight, self.bias, spec, residual, in_place=in_place)
         return out if pool is None or pool_spec is not None else cast(Tensor, pool(out))
 
     def known(self, cap: float, residual: Tensor | None = None) -> Finish | None:
@@ -103,21 +95,23 @@ def norm_behind(
     layer: nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
-    cap: float | None = None,
+    cap: float = 0.0,
     pool: nn.Module | None = None,
+    in_place: bool = False,
 ) -> Tensor:
-    """`norm(layer(x), residual, cap, pool)`: layer and norm as one step in evaluation without gradients, if
-    no hook would miss it.
+    """`norm(layer(x), residual, cap, pool, in_place)`: layer and norm as one step in evaluation without
+    gradients, if no hook would miss it.
     """
     if isinstance(norm, NativeNorm) and isinstance(layer, SparseLayer) and _may_skip_calls(norm, layer):
-        finish = norm.known(norm.cap if cap is None else cap, residual)
+        finish = norm.known(cap, residual)
         out = None if finish is None else layer.finished(x, finish)
         if out is not None:
-            if cap is None and norm.cap:
-                setattr(out, _DONE, True)
             return out if pool is None else cast(Tensor, pool(out))
-    then = {"residual": residual, "cap": cap, "pool": pool}
-    return cast(Tensor, norm(layer(x), **{name: given for name, given in then.items() if given is not None}))
+    then: dict[str, Any] = {"cap": cap, "pool": pool, "in_place": in_place}
+    then = {name: given for name, given in then.items() if given}  # all that norms of torch's know
+    if residual is not None:
+        then["residual"] = residual
+    return cast(Tensor, norm(layer(x), **then))
 
 
 def _may_skip_calls(norm: NativeNorm, layer: SparseLayer) -> bool:
@@ -147,35 +141,10 @@ class BatchNorm3d(NativeNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`, faster on the CPU."""
 
 
-class _Passing(nn.Module):
-    """Lets through what a batch norm has put through this activation already.
-
-    It matters for nothing but time: a second ReLU changes neither values nor gradients.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The activation of `input`."""
-        if not torch.compiler.is_compiling() and hasattr(input, _DONE):
-            delattr(input, _DONE)
-            return input
-        return cast(Tensor, super().forward(input))
-
-
-class PassingReLU(_Passing, nn.ReLU):
-    """`torch.nn.ReLU` behind a batch norm."""
-
-
-class PassingReLU6(_Passing, nn.ReLU6):
-    """`torch.nn.ReLU6` behind a batch norm."""
-
-
 NATIVE_NORMS: dict[type[nn.Module], Any] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-# the activations that a batch norm can take along: what they become, and where they stop
-PASSING: dict[type[nn.Module], tuple[Any, float]] = {
-    nn.ReLU: (PassingReLU, torch.inf),
-    nn.ReLU6: (PassingReLU6, 6.0),
-}
+# the activations that a batch norm can take along, and where they stop: `NormSpec.cap`
+RELU_CAPS: dict[type[nn.Module], float] = {nn.ReLU: torch.inf, nn.ReLU6: 6.0}

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from sparseprop.nn.hooks import hooked
 from sparseprop.nn.mixin import Mixin
-from sparseprop.nn.norm import PASSING, Statistics
+from sparseprop.nn.norm import RELU_CAPS, Statistics
 from sparseprop.ops.norm import batch_norm
 
 __all__ = ["NativeNormAct", "has_own_activation", "obstacle", "own_cap"]
 
 # `NormSpec.cap` of the activations that our kernels have
-_CAPS: dict[type[nn.Module], float] = {kind: cap for kind, (_, cap) in PASSING.items()}
-_CAPS[nn.Identity] = 0.0
+_CAPS: dict[type[nn.Module], float] = {**RELU_CAPS, nn.Identity: 0.0}
 
 
 def has_own_activation(norm: nn.Module) -> bool:

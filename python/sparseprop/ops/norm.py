@@ -30,11 +30,14 @@ def batch_norm(
     bias: Tensor | None,
     spec: NormSpec,
     residual: Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """`max_pool(activation(batch_norm(x) + residual))`, each if asked for; updates running statistics.
 
     `x` is (N, C, ...), float32 or float64 on the CPU in one of the layouts contiguous, channels-last and
-    batch-last, which the result keeps; all else is left to torch's functions. `residual` has its shape.
+    batch-last, which the result keeps; all else is left to torch's functions. `residual` has its shape. A sum
+    `in_place` has the shape and dtype of the norm's result, whatever those of the residual.
 
     >>> x = torch.tensor([[1.0], [3.0]])
     >>> batch_norm(x, (None, None), None, None, NormSpec(training=True, cap=torch.inf, eps=0.0))
@@ -43,10 +46,11 @@ def batch_norm(
     """
     pool = spec.pool
     if pool is not None and (residual is not None or not windows_fit(x, pool) or x.shape[2:].numel() == 1):
-        return max_pool2d(batch_norm(x, running, weight, bias, replace(spec, pool=None), residual), pool)
+        unpooled = replace(spec, pool=None)
+        return max_pool2d(batch_norm(x, running, weight, bias, unpooled, residual, in_place=in_place), pool)
     shape = _shape(x)
     if shape is None or not _native(x, shape, running, weight, bias, spec, residual):
-        return _by_torch(x, running, weight, bias, spec, residual)
+        return _by_torch(x, running, weight, bias, spec, residual, in_place)
     if residual is not None:
         residual = _like(residual, x)
     if torch.is_grad_enabled():
@@ -61,10 +65,11 @@ def _by_torch(
     bias: Tensor | None,
     spec: NormSpec,
     residual: Tensor | None,
+    in_place: bool,
 ) -> Tensor:
     y = functional.batch_norm(x, *running, weight, bias, spec.training, spec.momentum, spec.eps)
     if residual is not None:
-        y = y + residual
+        y = y.add_(residual) if in_place else y + residual
     if spec.cap:
         y = functional.relu(y) if spec.cap == torch.inf else functional.hardtanh(y, 0.0, spec.cap)
     return y if spec.pool is None else max_pool2d(y, spec.pool)
@@ -169,7 +174,7 @@ def _differentiable(
     found: Any = iter(())
     if wanted:
         with torch.enable_grad():
-            again = _by_torch(tensors[0], running, *tensors[1:], spec, None)
+            again = _by_torch(tensors[0], running, *tensors[1:], spec, None, False)
             found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
     return *(next(found) if need else None for need in needs[:3]), grad if needs[3] else None
 

@@ -160,10 +160,7 @@ class Operator:
             grad, grad_strides = self._readable(grad)
         x, x_strides = self._kept_input(call, grad.dtype, x if needs[1] else None)
         if values is not None:
-            if values.shape != self.values_shape or values.dtype is not call.wide or not values.is_cpu:
-                refuse_changed("weight values", values, self.values_shape, call.wide)
-            if not values.is_contiguous() or values.is_neg():
-                values = _row(values)
+            values = self._kept_values(call, values)
         self.contraction.backward(
             call.code,
             call.batch,
@@ -192,6 +189,12 @@ class Operator:
         if call.in_strides is None or x.stride() != call.in_memory or x.is_neg():
             return self._readable(x)
         return x, call.in_strides
+
+    def _kept_values(self, call: Call, values: Tensor) -> Tensor:
+        """The values that a forward pass kept, as the kernels can read them."""
+        if values.shape != self.values_shape or values.dtype is not call.wide or not values.is_cpu:
+            refuse_changed("weight values", values, self.values_shape, call.wide)
+        return values if values.is_contiguous() and not values.is_neg() else _row(values)
 
     @staticmethod
     def _input_gradient(call: Call, grad: Tensor, reuse: Tensor | None) -> Tensor:

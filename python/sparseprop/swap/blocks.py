@@ -55,7 +55,7 @@ def calls_blocks(module: nn.Module) -> fx.Graph | None:
     blocks = [child for child in module.children() if any(map(_is_block, (child, *child.children())))]
     if "forward" in vars(module) or len(blocks) < 2:
         return None
-    graph = graphs.own_graph(module, False)
+    graph, _ = graphs.own_graph(module, False)
     return None if graph is None or not any(len(run) > 1 for run in _runs(graph, module)) else graph
 
 
@@ -101,7 +101,7 @@ def _block_call(node: fx.Node, module: nn.Module) -> BlockCall | None:
         return BlockCall(None, False)
     if isinstance(called, Mixin) or "forward" in vars(called) or not any(map(_is_block, called.children())):
         return None
-    graph = graphs.own_graph(called, False)
+    graph, _ = graphs.own_graph(called, False)
     steps = [] if graph is None else list(graph.nodes)
     adds = _adds(steps)
     inner = None if adds is None else graphs.child(steps[1], called)

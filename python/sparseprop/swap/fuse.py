@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-from torch import fx, nn
+from torch import nn
 
 from sparseprop.errors import SparsePropError
 from sparseprop.nn.attention import NativeAttention, computes_attention
 from sparseprop.nn.gelu import NativeGELU, is_gelu
-from sparseprop.nn.hooks import hooked
 from sparseprop.nn.mixin import Mixin, mix, unmix
-from sparseprop.nn.norm import NATIVE_NORMS, PASSING, NativeNorm
+from sparseprop.nn.norm import NATIVE_NORMS, NativeNorm
 from sparseprop.nn.norm_act import NativeNormAct, has_own_activation, obstacle, own_cap
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap.blocks import calls_blocks
 from sparseprop.swap.decide import check_model
 from sparseprop.swap.graphs import FUNCTION
-from sparseprop.swap.matches import NormCall, norm_calls
+from sparseprop.swap.matches import NormCall, norm_calls, why_alone
 from sparseprop.swap.rewrite import rewrite
-from sparseprop.swap.tracing import Watched, none_by_default, trace
 
 __all__ = ["Fusion", "fuse", "plan_fusion", "unfuse"]
 
 _TORCH_NORMS = {native: torch_class for torch_class, native in NATIVE_NORMS.items()}
-_TORCH_RELUS = {passing: torch_class for torch_class, (passing, _) in PASSING.items()}
 
 
 @dataclass(frozen=True)
@@ -62,16 +58,13 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
     """Which batch norms of `model` can become native, and which can take the ReLU behind them along; the
     modules that compute attention, and the GELUs that are modules.
 
-    A ReLU is found by tracing (`torch.fx`): a module anywhere in the model, in its training mode as it is;
-    additions, functional ReLUs, max pooling and depthwise convolutions in the forward of the module that owns
-    the batch norm, or a container around it. What cannot be traced still gets native batch norms. Changes
-    nothing.
+    What follows a batch norm is found by tracing (`torch.fx`) the forward of the module that owns it, or of
+    the one around that container. What cannot be traced still gets native batch norms. Changes nothing.
 
     >>> plan_fusion(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))[0].relu
     '1'
     """
     check_model(model, "fuse")
-    relus, why_not = _following_relus(model)
     calls = _own_calls(model)
     plan = []
     for name, module in model.named_modules():
@@ -88,12 +81,9 @@ def plan_fusion(model: nn.Module) -> tuple[Fusion, ...]:
         elif name in calls:
             call = calls[name]
             plan.append(Fusion(name, call.relu, True, "", call.adds, call.pool, call.conv))
-        elif name not in relus:
-            plan.append(Fusion(name, None, True, why_not or "no ReLU module alone behind it"))
-        elif hooked(module) or hooked(model.get_submodule(relus[name])):
-            plan.append(Fusion(name, None, True, "hooks between it and its ReLU"))
         else:
-            plan.append(Fusion(name, relus[name], True, ""))
+            owner, _, child = name.rpartition(".")
+            plan.append(Fusion(name, None, True, why_alone(model.get_submodule(owner), child)))
     return tuple(plan)
 
 
@@ -108,20 +98,22 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     again (a residual connection), the layer adds the gradients of both.
 
     Same results within float32 rounding, forward, backward, running statistics; modules keep their names,
-    parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks
-    registered later on a ReLU behind an addition, before a max pooling or beside a depthwise convolution are
-    not called, and pre-hooks on a ReLU behind a norm see what comes out of it. Activations put in the place
-    of others are not seen everywhere, and attributes that steer a module's forward are read now: `unfuse`
-    before you change any of these, then `fuse` again. (Other hooks, and children added or removed, count
-    whenever they come.)
+    parameters, buffers and hooks, and `isinstance` tests still hold. `unfuse` is the exact inverse. Hooks,
+    children and their classes count whenever they come: what they touch is called one by one again.
+
+    A forward that was changed computes what it would have computed; of all else that its code does, such as
+    printing, nothing happens, and plain attributes that steer it are read now: `unfuse` before you change
+    one, then `fuse` again. (Forwards that draw random numbers, set attributes, keep tensors or switch
+    gradients or autocast are recognised, and left as they are.) Queries, keys and values that attention is
+    computed of, if all are parts of one tensor, get no gradients of their own: that one does.
 
     Args:
         model: any eager module, swapped or not.
         inplace: change `model` itself (default), or leave it alone and return a changed copy.
 
     >>> model = fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
-    >>> model[1].cap, isinstance(model[1], nn.BatchNorm2d)
-    (inf, True)
+    >>> isinstance(model, nn.Sequential), isinstance(model[1], nn.BatchNorm2d)
+    (True, True)
     """
     plan = plan_fusion(model)
     if not inplace:
@@ -136,13 +128,6 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
             mix(mixin, norm)
             continue
         norm.__class__ = NATIVE_NORMS[type(norm)]
-        if fusion.relu in modules and not (fusion.adds or fusion.pool or fusion.conv):
-            relu = modules[fusion.relu]
-            kind = _TORCH_RELUS.get(
-                type(relu), type(relu)
-            )  # one that serves several batch norms is passing by now
-            relu.__class__, cap = PASSING[kind]
-            norm.cap = cap
     for module in list(model.modules()):
         if type(module) is nn.MaxPool2d:
             module.__class__ = MaxPool2d
@@ -166,10 +151,7 @@ def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         if isinstance(module, Mixin):
             unmix(module)
         if type(module) in _TORCH_NORMS:
-            vars(module).pop("cap", None)
             module.__class__ = _TORCH_NORMS[type(module)]
-        elif type(module) in _TORCH_RELUS:
-            module.__class__ = _TORCH_RELUS[type(module)]
         elif type(module) is MaxPool2d:
             cast(nn.Module, module).__class__ = nn.MaxPool2d
     return model
@@ -202,38 +184,3 @@ def _own_calls(model: nn.Module) -> dict[str, NormCall]:
 
 def _join(module: str, child: str | None) -> str | None:
     return f"{module}.{child}" if module and child else child
-
-
-class _Tracer(Watched):
-    """Looks into everything but torch's and our own layers."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m.__module__.startswith("sparseprop.") or super().is_leaf_module(m, module_qualified_name)
-
-
-def _following_relus(model: nn.Module) -> tuple[Mapping[str, str], str]:
-    """For each batch norm, in all its calls followed by one ReLU module alone, the name of that module."""
-    if none_by_default(model):
-        return {}, "its forward has arguments that may be None"
-    graph, why_not = trace(_Tracer(), model)
-    if graph is None:
-        return {}, why_not
-    names = {id(module): name for name, module in model.named_modules()}
-    found: dict[str, set[str | None]] = {}
-    for node, norm in _calls(graph, model):
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            users = list(node.users)
-            after = dict(_calls(users, model)).get(users[0]) if len(users) == 1 else None
-            is_relu = type(after) in PASSING or type(after) in _TORCH_RELUS
-            found.setdefault(names[id(norm)], set()).add(names[id(after)] if is_relu else None)
-    return {
-        norm: cast(str, next(iter(relus)))
-        for norm, relus in found.items()
-        if len(relus) == 1 and None not in relus
-    }, ""
-
-
-def _calls(nodes: Any, model: nn.Module) -> Iterator[tuple[fx.Node, nn.Module]]:
-    for node in getattr(nodes, "nodes", nodes):
-        if node.op == "call_module":
-            yield node, model.get_submodule(node.target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,17 +13,19 @@ from torch.nn import functional
 
 from sparseprop.nn.base import SparseLayer
 from sparseprop.nn.hooks import hooked
-from sparseprop.nn.norm import NATIVE_NORMS, NativeNorm
-from sparseprop.swap.tracing import Watched, trace
+from sparseprop.nn.norm import NATIVE_NORMS, RELU_CAPS
+from sparseprop.swap.tracing import IN_PLACE, Watched, trace
 
 __all__ = [
     "ADDS",
     "FUNCTION",
+    "IN_PLACE_ADDS",
     "activation",
     "child",
     "is_call",
     "is_norm_call",
     "is_plain",
+    "is_sparse_layer",
     "layer_before",
     "may_wait",
     "name_of",
@@ -32,7 +35,9 @@ __all__ = [
 ]
 
 FUNCTION = "relu()"
-ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+ADDS = (operator.add, torch.add, "add")
+IN_PLACE_ADDS = (operator.iadd, "add_")
+_NORMS = {*NATIVE_NORMS, *NATIVE_NORMS.values()}
 _ACTIVATIONS = {
     functional.relu: torch.inf, torch.relu: torch.inf, torch.relu_: torch.inf, "relu": torch.inf,
     "relu_": torch.inf, functional.relu6: 6.0,
@@ -48,18 +53,43 @@ class _OwnCode(Watched):
         return id(m) not in self.inlined
 
 
-def own_graph(module: nn.Module, training: bool, inlined: Sequence[nn.Module] = ()) -> fx.Graph | None:
-    """The module's forward in that mode, with children as calls, but those `inlined`; None if untraceable."""
-    mode, kinds = module.training, [(traced, type(traced)) for traced in (module, *inlined)]
+def own_graph(
+    module: nn.Module, training: bool, inlined: Sequence[nn.Module] = ()
+) -> tuple[fx.Graph | None, str]:
+    """The module's forward in that mode, with children as calls, but those `inlined`; or None and why not.
+
+    Traced twice, under circumstances that a forward may ask for, so that one that does is not mistaken for
+    what it is in one of them.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    kinds = [(traced, type(traced)) for traced in (module, *inlined)]
     for traced, kind in kinds:
         traced.__class__ = getattr(kind, "_base", kind)
-    module.training = training
     try:
-        return trace(_OwnCode(inlined), module)[0]
+        graph, reason = _traced(module, inlined, training, children_train=True)
+        other = None if graph is None else _traced(module, inlined, training, children_train=False)[0]
     finally:
-        module.training = mode
+        for part, mode in modes:
+            part.training = mode
         for traced, kind in kinds:
             traced.__class__ = kind
+    if graph is not None and (other is None or str(graph) != str(other)):
+        return None, "its forward asks for gradients, autocast or the mode of its children"
+    return graph, reason
+
+
+def _traced(
+    module: nn.Module, inlined: Sequence[nn.Module], training: bool, children_train: bool
+) -> tuple[fx.Graph | None, str]:
+    """With gradients recorded and without autocast if children train, the other way round if not."""
+    for part in module.modules():
+        part.training = children_train
+    module.training = training
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.set_grad_enabled(children_train))
+        modes.enter_context(torch.autocast("cpu", enabled=not children_train))
+        return trace(_OwnCode(inlined), module)
 
 
 def child(node: fx.Node | None, module: nn.Module) -> nn.Module | None:
@@ -80,16 +110,14 @@ def is_plain(node: fx.Node) -> bool:
 def is_norm_call(node: fx.Node, module: nn.Module) -> bool:
     """Whether it calls a batch norm that is, or can become, native."""
     norm = child(node, module)
-    known = isinstance(norm, NativeNorm) or type(norm) in NATIVE_NORMS
-    return known and is_plain(node) and norm is not None and not hooked(norm)
+    return norm is not None and type(norm) in _NORMS and is_plain(node) and not hooked(norm)
 
 
 def activation(node: fx.Node | None, module: nn.Module) -> tuple[str, float] | None:
     """The name of the ReLU or ReLU6 that a node calls, `FUNCTION` for a function, and its cap."""
     called = child(node, module)
-    if isinstance(called, nn.ReLU | nn.ReLU6):
-        name = str(node.target) if node is not None else ""
-        return None if hooked(called) else (name, 6.0 if isinstance(called, nn.ReLU6) else torch.inf)
+    if node is not None and type(called) in RELU_CAPS and called is not None:
+        return None if hooked(called) else (str(node.target), RELU_CAPS[type(called)])
     if node is None or not is_call(node, tuple(_ACTIVATIONS)) or set(node.kwargs) - {"inplace"}:
         return None
     return FUNCTION, _ACTIVATIONS[node.target]
@@ -100,8 +128,14 @@ def layer_before(node: fx.Node, module: nn.Module) -> fx.Node | None:
     before = node.args[0]
     if not isinstance(before, fx.Node) or len(before.users) != 1 or not is_plain(before):
         return None
-    layer = child(before, module)
-    return before if isinstance(layer, SparseLayer) and not hooked(layer) else None
+    return before if is_sparse_layer(child(before, module)) else None
+
+
+def is_sparse_layer(module: nn.Module | None) -> bool:
+    """Whether it is a sparse layer whose forward nobody has changed."""
+    if not isinstance(module, SparseLayer):
+        return False
+    return type(module).forward is SparseLayer.forward and not hooked(module)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -134,9 +168,19 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 def writes(node: fx.Node, module: nn.Module) -> bool:
     """Whether a call may change a tensor that it was given, which a call moved past it might read."""
     if node.op == "call_module":
-        return any(
-            getattr(part, "inplace", False) for part in module.get_submodule(str(node.target)).modules()
-        )
+        called = module.get_submodule(str(node.target))
+        return hooked(called) or any(map(_may_write, called.modules()))
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = str(name).endswith("_") or name in ("setitem", "iadd", "isub", "imul", "itruediv")
+    in_place = str(name).endswith("_") or name in ("setitem", *IN_PLACE)
     return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+def _may_write(module: nn.Module) -> bool:
+    """Whether a module's own code may change what it is given: other people's is looked through."""
+    base = getattr(type(module), "_base", type(module))
+    if "forward" in vars(module) or getattr(module, "inplace", False):
+        return True
+    if base.__module__.startswith(("torch.nn.modules.", "sparseprop.nn.")):
+        return False
+    graphs = [own_graph(module, training)[0] for training in (True, False)]
+    return any(graph is None or any(writes(node, module) for node in graph.nodes) for graph in graphs)

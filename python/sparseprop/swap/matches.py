@@ -15,9 +15,8 @@ from sparseprop.nn.norm import norm_behind
 from sparseprop.nn.pool import MaxPool2d
 from sparseprop.swap import graphs
 from sparseprop.swap.chains import Chain, chains, inlined_children
-from sparseprop.swap.graphs import FUNCTION
 
-__all__ = ["Match", "Matches", "NormCall", "matches", "norm_calls"]
+__all__ = ["Match", "Matches", "NormCall", "matches", "norm_calls", "why_alone"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class NormCall:
 
     Attributes:
         norm: the batch norm's name in the module.
-        relu: the name of the ReLU module that is called with it, `FUNCTION` for a function, None if none.
+        relu: the name of the ReLU module called with it, `graphs.FUNCTION` for a function, None if none.
         adds: whether something is added in between.
         layer: the name of the sparse layer in front of it, None if it is to be called on its own.
         pool: the name of the max pooling behind the ReLU that is called with it, None if none.
@@ -57,6 +56,10 @@ class Matches:
         """All batch norms in there."""
         return {call for match in self.found for call in _calls(match)}
 
+    def modules(self) -> set[str]:
+        """Names of all modules in there, whose calls become part of others."""
+        return {str(n.target) for match in self.found for n in match.replaced() if n.op == "call_module"}
+
 
 def norm_calls(module: nn.Module) -> tuple[NormCall, ...]:
     """The calls in the module's own forward that `rewrite` would change; none if it cannot be traced.
@@ -70,6 +73,23 @@ def norm_calls(module: nn.Module) -> tuple[NormCall, ...]:
         return ()
     found = [matches(module, training).calls() for training in (True, False)]
     return tuple(sorted(found[0] & found[1], key=lambda call: call.norm))
+
+
+def why_alone(owner: nn.Module, name: str) -> str:
+    """Why the owner's forward calls the batch norm of that name with nothing else, in a few words."""
+    if not name:  # a model that is a batch norm and nothing else
+        return "no ReLU alone behind it"
+    if "forward" in vars(owner):
+        return "a forward was put in the place of its owner's"
+    graph, reason = graphs.own_graph(owner, owner.training)
+    if graph is None:
+        return reason
+    for node in graph.nodes:
+        if graphs.child(node, owner) is owner._modules.get(name):
+            after = graphs.child(graphs.only_user(node), owner)
+            if any(part is not None and hooked(part) for part in (graphs.child(node, owner), after)):
+                return "hooks between it and its ReLU"
+    return "no ReLU alone behind it"
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,11 @@ class Match:
 
     def insert(self, graph: fx.Graph) -> fx.Node:
         """One call for all that is replaced."""
-        kwargs = {"residual": self.other(), "cap": self.cap} if self.relu else {}
+        kwargs: dict[str, Any] = {"cap": self.cap} if self.relu else {}
+        if self.add:
+            kwargs["residual"] = self.other()
+            if graphs.is_call(self.add, graphs.IN_PLACE_ADDS):
+                kwargs["in_place"] = True
         if self.pool:
             kwargs["pool"] = graph.get_attr(str(self.pool.target))
         if self.layer is None:
@@ -113,7 +137,7 @@ def matches(module: nn.Module, training: bool) -> Matches:
 
 
 def _found(module: nn.Module, training: bool, inlined: dict[str, nn.Module]) -> tuple[Match | Chain, ...]:
-    graph = graphs.own_graph(module, training, tuple(inlined.values()))
+    graph, _ = graphs.own_graph(module, training, tuple(inlined.values()))
     if graph is None:
         return ()
     whole = list(chains(graph, module, training))
@@ -147,9 +171,9 @@ def _matches(graph: fx.Graph, module: nn.Module, taken: set[fx.Node]) -> Iterato
 
 
 def _with_what_follows(node: fx.Node, module: nn.Module, layer: fx.Node | None) -> Match | None:
-    """The norm with the calls behind it; None if there are none or `PassingReLU` does as well."""
+    """The norm with the calls behind it; None if there are none."""
     relu, add = graphs.only_user(node), None
-    if relu is not None and graphs.is_call(relu, graphs.ADDS) and len(relu.args) == 2 and not relu.kwargs:
+    if relu is not None and _adds_to(relu, node):
         add, relu = relu, graphs.only_user(relu)
     if relu is None or (known := graphs.activation(relu, module)) is None:
         return None
@@ -157,8 +181,16 @@ def _with_what_follows(node: fx.Node, module: nn.Module, layer: fx.Node | None) 
     pool = None if add else _pool_behind(relu, module)
     call = NormCall(str(node.target), name, add is not None, graphs.name_of(layer), graphs.name_of(pool))
     match = Match(call, cap, layer, node, add, relu, pool)
-    wanted = isinstance(match.other(), fx.Node) or (add is None and (name == FUNCTION or pool is not None))
+    wanted = add is None or isinstance(match.other(), fx.Node)
     return match if wanted and graphs.may_wait(match.replaced(), module) else None
+
+
+def _adds_to(node: fx.Node, norm: fx.Node) -> bool:
+    """Whether it adds something to the norm's result; in place, to that alone."""
+    if len(node.args) != 2 or node.kwargs:
+        return False
+    in_place = graphs.is_call(node, graphs.IN_PLACE_ADDS) and node.args[0] is norm
+    return in_place or graphs.is_call(node, graphs.ADDS)
 
 
 def _pool_behind(node: fx.Node, module: nn.Module) -> fx.Node | None:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from sparseprop.nn.blocks import BlockParts, MaybeInverted
-from sparseprop.nn.hooks import hooked
+from sparseprop.nn.hooks import hooked, hooks_everywhere
 from sparseprop.nn.mixin import mix
 from sparseprop.swap.blocks import block_parts, calls_blocks, join_blocks
 from sparseprop.swap.matches import Matches, matches
@@ -37,8 +38,17 @@ class _Runs:
     block: BlockParts | None
     inlined: tuple[str, ...]
     children: list[Any]
+    merged: tuple[tuple[str, ...], ...]  # names on the way to modules that are not called as such
     names: tuple[str, ...]  # of the forward's arguments
     absent: frozenset[str]  # of those that are not given
+
+    def hold(self, module: nn.Module) -> bool:
+        """Whether the children are as they were, and no hook would miss a call."""
+        if self.children != _children(module, self.inlined):
+            return False
+        return torch.compiler.is_compiling() or not (
+            hooks_everywhere() or any(hooked(_part(module, path)) for path in self.merged)
+        )
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the code was traced for such arguments."""
@@ -66,11 +76,11 @@ class Rewritten(MaybeInverted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's; itself that once children were added, removed or replaced by others of another
-        class, and where an argument is None, or given though it is None by default.
+        class, while hooks or other forwards are on those merged, and where an argument is None, or given
+        though it is None by default.
         """
         runs = vars(self).get(_RUNS)
-        known = runs is not None and runs.children == _children(self, runs.inlined)
-        if runs is None or not known or not runs.fits(args, kwargs):
+        if runs is None or not runs.hold(self) or not runs.fits(args, kwargs):
             return self._base.forward(self, *args, **kwargs)
         return runs.by_mode[self.training](self, *args, **kwargs)
 
@@ -79,7 +89,7 @@ class Rewritten(MaybeInverted):
         runs: _Runs | None = vars(self).get(_RUNS)
         if runs is None or runs.block is None or self.training:
             return None
-        return runs.block if runs.children == _children(self, runs.inlined) else None
+        return runs.block if runs.hold(self) else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -99,9 +109,17 @@ def _attach(module: Rewritten) -> None:
     by_mode = {training: _forward(module, graph) for training, graph in graphs.items()}
     block = block_parts(graphs[False])
     inlined = max(found[True].inlined, found[False].inlined, key=len)
+    merged = tuple(sorted(tuple(name.split(".")) for name in found[True].modules() | found[False].modules()))
     names = tuple(inspect.signature(module._base.forward).parameters)[1:]
     absent = frozenset(none_by_default(module))
-    vars(module)[_RUNS] = _Runs(by_mode, block, inlined, _children(module, inlined), names, absent)
+    vars(module)[_RUNS] = _Runs(by_mode, block, inlined, _children(module, inlined), merged, names, absent)
+
+
+def _part(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
+    part: Any = module
+    for name in path:
+        part = part._modules[name]
+    return cast(nn.Module, part)
 
 
 def _changed(module: nn.Module, matches: Matches, training: bool) -> fx.Graph | None:

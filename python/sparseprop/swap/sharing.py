@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from sparseprop.nn.base import SparseLayer
 from sparseprop.nn.chain import depthwise_chain
 from sparseprop.nn.norm import norm_behind
 from sparseprop.nn.shared import shared
@@ -35,7 +34,7 @@ def share_inputs(graph: fx.Graph, module: nn.Module) -> None:
 
 def _read_first(node: fx.Node, module: nn.Module) -> fx.Node | None:
     """What the sparse layer called by a node reads, if nothing has read it before."""
-    alone = isinstance(graphs.child(node, module), SparseLayer) and graphs.is_plain(node)
+    alone = graphs.is_sparse_layer(graphs.child(node, module)) and graphs.is_plain(node)
     x: Any = None
     if node.target is norm_behind:
         x = node.args[2]

@@ -1,26 +1,44 @@
-"""`torch.fx` tracing that leaves the model, and the random numbers to come, as they were."""
+"""`torch.fx` tracing that leaves the model, and the random numbers to come, as they were.
+
+A graph stands for a forward only if running it does all that the forward would: what a tracer misses is
+looked for here, and refused.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import operator
 import random
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
-__all__ = ["Watched", "none_by_default", "trace"]
+__all__ = ["IN_PLACE", "Watched", "none_by_default", "trace"]
 
 _TORCH = str(Path(torch.__file__).parent)
 
 _Held = dict[str, tuple[Any, Any]]
 
 
+# functions of `operator` that stand for `a += b` and its like
+IN_PLACE = (
+    "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub",
+    "itruediv", "ixor",
+)  # fmt: skip
+
+
 class _Proxy(fx.Proxy):
-    """A value whose class is asked for in vain: `isinstance` finds no tensor, and takes another branch."""
+    """A value whose class is asked for in vain: `isinstance` finds no tensor, and takes another branch.
+
+    Of `a += b`, `fx.Proxy` would make `a + b`, and lose what becomes of others that hold `a`.
+    """
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -29,16 +47,55 @@ class _Proxy(fx.Proxy):
         return _Proxy
 
 
+def _in_place(name: str) -> Any:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
 class Watched(fx.Tracer):
-    """Refuses code that decides by the class of its values, which all are proxies; buffers too, so that what
-    a forward does to them in place is part of its graph, and not done while tracing.
+    """Refuses code that decides by the class of its values, which all are proxies, and calls under `no_grad`,
+    `autocast` and the like, of which a graph knows nothing. Buffers are proxies too, so that what a forward
+    does to them in place is part of its graph, and not done while tracing.
     """
 
     proxy_buffer_attributes = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._modes = _modes()
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """As `fx.Tracer` does."""
+        if _modes() != self._modes:
+            raise TypeError("code that switches gradients, autocast or inference mode")
+        return super().create_node(*args, **kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """As `fx.Tracer` does."""
-        return _Proxy(node, self)
+        made = _Proxy(node, self)
+        self._proxies.append(weakref.ref(made))
+        return made
+
+    def kept(self) -> bool:
+        """Whether, after tracing, somebody still holds a proxy: code that put its values somewhere."""
+        for generation in range(3):  # proxies may be part of cycles, young ones
+            if all(proxy() is None for proxy in self._proxies):
+                return False
+            gc.collect(generation)
+        return any(proxy() is not None for proxy in self._proxies)
+
+
+def _modes() -> tuple[Any, ...]:
+    """What calls depend on without its being among their arguments."""
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *autocast
 
 
 def none_by_default(model: nn.Module) -> dict[str, None]:
@@ -48,29 +105,52 @@ def none_by_default(model: nn.Module) -> dict[str, None]:
     return {argument.name: None for argument in arguments if argument.default is None}
 
 
-def trace(tracer: fx.Tracer, model: nn.Module) -> tuple[fx.Graph | None, str]:
+def trace(tracer: Watched, model: nn.Module) -> tuple[fx.Graph | None, str]:
     """The graph of a model's forward, or None and why not.
 
     It holds where the arguments that are None by default are not given: `is None` asks a proxy in vain. A
-    forward that sets attributes or draws random numbers itself has none: running its graph would do neither.
-    (Random layers are calls like others.)
+    forward that sets attributes, keeps values elsewhere or draws random numbers itself has none, nor has a
+    decorated one: running its graph would do nothing of that. (Random layers are calls like others.)
     """
+    if hasattr(getattr(type(model), "_base", type(model)).forward, "__wrapped__"):
+        return None, "its forward is decorated"
     held = [(module, _contents(module)) for module in model.modules()]
-    random_state, torch_state = random.getstate(), torch.get_rng_state()
+    drawn = _RandomStates()
     graph, reason = None, ""
     try:
         graph = tracer.trace(model, concrete_args=none_by_default(model) or None)
     except Exception as error:  # whatever the model's code raises when it meets a proxy
         reason = f"torch.fx cannot trace the model: {type(error).__name__}"
-    if random.getstate() != random_state or not torch.equal(torch.get_rng_state(), torch_state):
+    if drawn.changed():
         graph, reason = None, reason or "its forward draws random numbers"
-        random.setstate(random_state)
-        torch.set_rng_state(torch_state)
+        drawn.put_back()
     for module, before in held:
         if not _same(before, _contents(module)):
             graph, reason = None, reason or "its forward sets attributes"
             _put_back(module, before)
+    if graph is not None and tracer.kept():
+        graph, reason = None, "its forward keeps what it computes"
     return graph, reason
+
+
+class _RandomStates:
+    """Of the generators that code draws from without naming one."""
+
+    def __init__(self) -> None:
+        self._python, self._torch = random.getstate(), torch.get_rng_state()
+        self._numpy: Any = np.random.get_state()  # noqa: NPY002 # the one that models draw from
+
+    def changed(self) -> bool:
+        numpy: Any = np.random.get_state()  # noqa: NPY002
+        same = numpy[2:] == self._numpy[2:] and np.array_equal(numpy[1], self._numpy[1])
+        return not (
+            same and random.getstate() == self._python and torch.equal(torch.get_rng_state(), self._torch)
+        )
+
+    def put_back(self) -> None:
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        np.random.set_state(self._numpy)  # noqa: NPY002
 
 
 def _contents(module: nn.Module) -> _Held:
