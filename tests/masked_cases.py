@@ -19,6 +19,10 @@ WRONG_RULES = [
     ({"pattern": "2:4", "decay": -0.1}, r"decay=-0.1, wanted a number of at least 0"),
     ({"pattern": "2:4", "decay": float("nan")}, r"decay=nan, wanted a number"),
     ({"pattern": "2:4", "decay": True}, r"decay=True, wanted a number"),
+    ({"pattern": "2:4", "decay": float("inf")}, r"decay=inf, wanted a number"),
+    ({"pattern": "2:4", "every": float("inf")}, r"every=inf, wanted a number"),
+    ({"pattern": "2:4T", "every": 1.5}, r"every=1.5, wanted a whole number"),
+    ({"pattern": "2:4T", "method": "foo"}, r"method='foo', wanted one of exact, greedy"),
 ]
 
 

@@ -147,3 +147,15 @@ def test_static_layers_do_not_decay():
     before = layer.weight.detach().clone()
     decay_pruned(layer, 1.0)
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_gradient_scaler_skips_decay_nothing(fused):
+    model = layer_of(MaskRule("2:4", decay=0.5, decoupled=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    sparseprop.decouple_decay(optimizer, model)
+    scaler, before = torch.amp.GradScaler("cpu"), model.weight.detach().clone()
+    scaler.scale(model(torch.full((1, 16), 3e38)).sum() * 3e38).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(model.weight, before)

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import pytest
 import torch
 from torch import nn
 
@@ -55,3 +56,19 @@ def test_copies_and_pickles_keep_mask_and_age():
         twin(torch.ones(1, 16))
         assert (twin.mask_age, twin.rule) == (1, layer.rule)
         assert torch.equal(twin.mask, layer.mask)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"mask": torch.rand(8, 16)}, "mask must be a bool tensor, got torch.float32"),
+        ({"mask_age": torch.tensor([1, 2])}, "mask_age must be a number of 0 or more"),
+        ({"mask_age": torch.tensor(-5)}, "mask_age must be a number of 0 or more"),
+    ],
+)
+def test_broken_masks_and_ages_are_refused(entry, message):
+    layer = layer_of("2:4")
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(layer.state_dict() | entry)
+    torch.testing.assert_close(layer.state_dict(), before)

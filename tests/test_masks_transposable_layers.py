@@ -5,7 +5,7 @@ import torch
 
 from mask_cases import LAYOUTS, WEIGHTS, WRONG_PATTERNS, WRONG_SCORES, kept, lay_out, tiles
 from sparseprop import SparsePropError
-from sparseprop.masks import check_nm, transposable_nm_mask
+from sparseprop.masks import check_nm, nm_mask, transposable_nm_mask
 from sparseprop.masks._layout import regions, to_tiles
 
 
@@ -121,3 +121,25 @@ def test_enumeration_is_for_tiny_tiles():
         SparsePropError, match="method 'enumerate' got m=8, wanted m <= 4; use method='exact'"
     ):
         transposable_nm_mask(torch.ones(8, 8), 2, 8, method="enumerate")
+
+
+@pytest.mark.parametrize("method", ["exact", "greedy", "enumerate", "tsenor"])
+def test_scores_with_a_pending_sign_are_read_as_they_are(method):
+    scores = torch.complex(torch.zeros(4, 8), -torch.rand(4, 8)).conj().imag
+    assert scores.is_neg()
+    assert (scores >= 0).all()
+    assert torch.equal(nm_mask(scores, 2, 4), nm_mask(scores.resolve_neg(), 2, 4))
+    found, wanted = (transposable_nm_mask(s, 2, 4, method=method) for s in (scores, scores.resolve_neg()))
+    assert torch.equal(found, wanted)
+
+
+def test_enumeration_of_huge_scores_is_exact():
+    scores = torch.rand(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1.7e308
+    found, wanted = (transposable_nm_mask(scores, 2, 4, method=method) for method in ("enumerate", "exact"))
+    assert torch.equal(found, wanted)
+
+
+def test_masks_without_rows_and_scores_without_values():
+    assert check_nm(torch.zeros(0, 8, dtype=torch.bool), 2, 4)
+    with pytest.raises(SparsePropError, match="meta device, wanted one with values"):
+        nm_mask(torch.ones(4, 8, device="meta"), 2, 4)

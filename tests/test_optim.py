@@ -54,6 +54,15 @@ def test_groups_are_those_that_timm_makes_for_the_dense_model(name):
     assert all(n in lost[0.0] for n in ours[0.1] if n.endswith("weight_values"))
 
 
+def test_names_of_the_dense_model_keep_their_meaning():
+    dense, sparse = swapped_pair()
+    excluded = {"no_decay": ["4.weight", "0.w*"]}
+    assert names_by_decay(dense, param_groups(dense, weight_decay=0.1, **excluded)).keys() == {0.0}
+    assert names_by_decay(sparse, param_groups(sparse, weight_decay=0.1, **excluded)).keys() == {0.0}
+    sparse.no_weight_decay = lambda: {"4.weight"}
+    assert names_by_decay(sparse, param_groups(sparse, weight_decay=0.1))[0.1] == {"0.weight_values"}
+
+
 def test_frozen_and_named_parameters_are_left_out():
     _, sparse = swapped_pair()
     sparse[0].weight_values.requires_grad_(False)

@@ -256,6 +256,13 @@ def test_masks_of_another_pattern_cannot_be_packed(n, m, message):
         PackedNM.from_mask(nm_mask(torch.rand(4, 32), 2, 4), n, m)
 
 
+def test_a_bias_of_another_type_is_named():
+    layer, x = layer_2_4(), torch.randn(2, 32)
+    layer.load_state_dict(layer.state_dict() | {"bias": layer.bias.detach().double()}, assign=True)
+    with pytest.raises(SparsePropError, match=r"bias must have shape .* and dtype torch.float32, got"):
+        layer(x)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0)])
 def test_a_packed_pattern_of_no_weights_is_refused(shape):
     packed = PackedNM(shape, torch.tensor([2, 4]), torch.zeros(shape[0], 0, dtype=torch.uint8))

@@ -127,6 +127,10 @@ def test_wrong_indices_are_refused_by_what_is_wrong(name):
             "equally long, got 1 and 2",
         ),
         (
+            lambda: SparsityPattern.from_csr(torch.tensor([], dtype=torch.int64), torch.tensor([0]), 3),
+            "row_ptr must hold one entry more than there are rows",
+        ),
+        (
             lambda: SparsityPattern.from_csr(torch.tensor([0, 1]), torch.tensor([2**33]), 2**30),
             "col_idx is out of range",
         ),

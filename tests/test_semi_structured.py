@@ -133,6 +133,7 @@ def test_layers_that_cannot_be_2_4_are_refused():
     for layer, options, message in (
         (nn.Linear(64, 32), {}, r"wants float16 or bfloat16 weights, got torch.float32; use .bfloat16"),
         (half(60), {}, r"32x60 weight: test wants multiples of 16x16; leave this layer dense"),
+        (nn.Conv2d(8, 8, 3).half(), {}, "wants a Linear layer, got Conv2d"),
         (half(), {"pattern": "4:8"}, r"CUDA devices multiply by 2:4 only, got 4:8; use '2:4' or '2:4T'"),
         (half(), {"mask": torch.ones(32, 64).bool()}, r"mask must be 2:4 and of shape \(32, 64\)"),
     ):

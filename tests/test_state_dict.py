@@ -129,6 +129,14 @@ BROKEN = {
     "2-D values": ({"weight_values": torch.ones(8, 2)}, "weight_values must have shape (16,)"),
     "integer values": ({"weight_values": torch.ones(16, dtype=torch.int64)}, "must be floating point"),
     "another shape": ({"weight_shape": torch.tensor([8, 24])}, "weight_shape must be (8, 12), got (8, 24)"),
+    "shape of no dimension": ({"weight_shape": torch.tensor(3)}, "weight_shape must be a row of int64"),
+    "shape of floats": ({"weight_shape": torch.tensor([8.0, 12.0])}, "weight_shape must be a row of int64"),
+    "shape of a list": ({"weight_shape": [8, 12]}, "weight_shape must be a tensor, got list"),
+    "values of a list": ({"weight_values": [1.0] * 16}, "weight_values must be a tensor, got list"),
+    "columns without values": (
+        {"weight_col_idx": torch.zeros(16, dtype=torch.int32, device="meta")},
+        "weight_col_idx is on the meta device",
+    ),
     "long bias": ({"bias": torch.ones(9)}, "bias must have shape (8,), got (9,)"),
     "no columns": (
         {"weight_col_idx": None},

@@ -29,8 +29,9 @@ def param_groups(
     Args:
         model: swapped or not; the groups of a swapped model match those of its dense form.
         weight_decay: for the group that decays.
-        no_decay: names, or patterns such as ``"*.pos_embed"``, of further parameters without decay; by
-            default what the model's own ``no_weight_decay()`` names, a habit of timm's models.
+        no_decay: names, or patterns such as ``"*.pos_embed"``, of further parameters without decay, of sparse
+            values also by the name of the dense weight; by default what the model's own
+            ``no_weight_decay()`` names, a habit of timm's models.
 
     Returns:
         ``[{"params": [...], "weight_decay": 0.0}, {"params": [...], "weight_decay": weight_decay}]``, without
@@ -50,13 +51,14 @@ def param_groups(
         named = getattr(model, "no_weight_decay", None)
         no_decay = named() if callable(named) else ()
     patterns = tuple(no_decay)
-    sparse = _sparse_values(model)
+    sparse = {key: f"{name}.weight".lstrip(".") for key, (name, _) in _sparse_values(model).items()}
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        excluded = any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+        names = {name, sparse.get(id(parameter), name)}
+        excluded = any(fnmatchcase(each, pattern) for each in names for pattern in patterns)
         is_weight = id(parameter) in sparse or (parameter.dim() > 1 and name.split(".")[-1] != "bias")
         (decayed if is_weight and not excluded else plain).append(parameter)
     groups: list[dict[str, Any]] = [
@@ -66,15 +68,16 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
-def _sparse_values(model: nn.Module) -> dict[int, SparseLayer]:
-    """The weight parameters of sparse layers by ``id``, also where `parametrize` moved them."""
+def _sparse_values(model: nn.Module) -> dict[int, tuple[str, SparseLayer]]:
+    """By ``id`` of their weight parameters, also where `parametrize` moved them, the sparse layers and their
+    names."""
     found = {}
-    for layer in model.modules():
+    for where, layer in model.named_modules():
         if not isinstance(layer, SparseLayer):
             continue
         for name, parameter in layer.named_parameters():
             if name == _VALUES or name.startswith(f"parametrizations.{_VALUES}.original"):
-                found[id(parameter)] = layer
+                found[id(parameter)] = where, layer
     return found
 
 
@@ -135,7 +138,7 @@ def parameter_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     >>> memory.parameters, memory.dense_parameters
     (2000, 40000)
     """
-    sparse = _sparse_values(model)
+    sparse = {key: layer for key, (_, layer) in _sparse_values(model).items()}
     counts = torch.zeros(3, 2, dtype=torch.int64)  # parameters, gradients, state; as it is, dense
     for parameter in model.parameters():
         layer = sparse.get(id(parameter))

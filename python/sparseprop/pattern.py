@@ -66,6 +66,10 @@ class SparsityPattern:
         """The pattern of CSR index arrays (any integer dtype), copied and validated."""
         _check_integer("row_ptr", row_ptr)
         _check_integer("col_idx", col_idx)
+        if row_ptr.dim() != 1 or not len(row_ptr):
+            raise SparsePropError(
+                f"row_ptr must hold one entry more than there are rows, got shape {tuple(row_ptr.shape)}."
+            )
         _check_range("col_idx", col_idx, min(cols, _MAX_COLS))
         pattern = cls(
             len(row_ptr) - 1, cols, row_ptr.to(torch.int64, copy=True), col_idx.to(torch.int32, copy=True)

@@ -79,8 +79,10 @@ class SemiStructuredLinear(nn.Module):
     ) -> Self:
         """The 2:4 twin of a float16 or bfloat16 ``Linear`` on any device, pruned by |weight|, or to ``mask``.
 
-        Raises SparsePropError for other dtypes, a shape or mask that does not fit, and other patterns.
+        Raises SparsePropError for other layers, dtypes and patterns, and a shape or mask that does not fit.
         """
+        if not isinstance(module, nn.Linear):
+            raise SparsePropError(f"2:4 on CUDA wants a Linear layer, got {type(module).__name__}.")
         weight, bias = module.weight.detach(), module.bias
         backend = backend or semi_structured_backend.torch_backend()
         layer = cls(

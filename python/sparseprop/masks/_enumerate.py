@@ -31,6 +31,9 @@ def enumerate_tiles(tiles: Tensor, n: int) -> Tensor:
 def _best(tiles: Tensor, rows: Tensor, choices: Tensor) -> Tensor:
     # sums in one fixed order, unlike a matrix product's, so that ties do not depend on the batch
     scores = tiles.double()
+    # no sum of a tile overflows; by a power of two, so that none is rounded another way
+    excess = (scores.amax((1, 2), keepdim=True).frexp().exponent - 1000).clamp_min(0)
+    scores = scores * torch.exp2(-excess.double())
     row_sums = torch.zeros(
         tiles.shape[0], tiles.shape[1], rows.shape[0], dtype=torch.float64, device=tiles.device
     )

@@ -33,7 +33,9 @@ def check_values(scores: Tensor, *, what: str = "scores") -> Tensor:
         raise SparsePropError(
             f"{what} got {scores.dtype}, wanted float32, float64, bfloat16 or float16; use .float()."
         )
-    scores = scores.detach()
+    if scores.is_meta:
+        raise SparsePropError(f"{what} got a tensor on the meta device, wanted one with values.")
+    scores = scores.detach().resolve_neg()  # kernels read the memory as it is
     if scores.dtype in _REDUCED:
         scores = scores.float()
     if scores.numel():

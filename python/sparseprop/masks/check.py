@@ -91,4 +91,5 @@ def _whole(planes: Tensor, axis: int, m: int) -> int:
 def _counts(planes: Tensor, axis: int, m: int) -> Tensor:
     lines = planes.movedim(axis, -1)
     lines = pad(lines, (0, -lines.shape[-1] % m))
-    return lines.reshape(*lines.shape[:-1], -1, m).sum(-1, dtype=torch.int32)
+    groups = lines.shape[-1] // m
+    return lines.reshape(*lines.shape[:-1], groups, m).sum(-1, dtype=torch.int32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import get_args
 
 from sparseprop.errors import SparsePropError
 from sparseprop.masks.pattern import NMPattern
@@ -42,5 +44,12 @@ class MaskRule:
         if self.every is None:
             object.__setattr__(self, "every", 40 if parsed.transposable else 1)
         for name, value in (("every", self.every), ("decay", self.decay)):
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+            known = isinstance(value, int | float) and not isinstance(value, bool)
+            if not known or not 0 <= value < math.inf:  # type: ignore[operator]  # NaN neither
                 raise SparsePropError(f"MaskRule got {name}={value!r}, wanted a number of at least 0.")
+        if self.every != int(self.every or 0):
+            raise SparsePropError(f"MaskRule got every={self.every!r}, wanted a whole number of updates.")
+        if self.method not in get_args(Method):
+            raise SparsePropError(
+                f"MaskRule got method={self.method!r}, wanted one of {', '.join(get_args(Method))}."
+            )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparseprop.errors import SparsePropError
-from sparseprop.nn.storage import Pattern, buffers_of, pattern_in
+from sparseprop.nn.storage import PATTERN_KEYS, Pattern, buffers_of, pattern_in
 
 if TYPE_CHECKING:
     from sparseprop.nn.base import SparseLayer
@@ -31,6 +31,7 @@ def fitted(layer: SparseLayer, state_dict: Mapping[str, Any], prefix: str, assig
     Raises SparsePropError before it changes anything if they do not fit.
     """
     own = {key[len(prefix) :]: entry for key, entry in state_dict.items() if key.startswith(prefix)}
+    _check_tensors(layer, own)
     if "weight" in own and "weight_values" not in own:
         own = _gathered(layer, own)
     pattern = _checked(layer, own)
@@ -63,7 +64,7 @@ def _gathered(layer: SparseLayer, own: dict[str, Any]) -> dict[str, Any]:
 def _checked(layer: SparseLayer, own: dict[str, Any]) -> Pattern | None:
     """The pattern to adopt, if it differs from the layer's; refuses entries that do not fit together."""
     shape = layer._geometry.weight_shape
-    if "weight_shape" in own and tuple(own["weight_shape"].tolist()) != shape:
+    if "weight_shape" in own and own["weight_shape"].tolist() != list(shape):
         raise SparsePropError(
             f"weight_shape must be {shape}, got {tuple(own['weight_shape'].tolist())} in the state dict."
         )
@@ -86,6 +87,20 @@ def _checked(layer: SparseLayer, own: dict[str, Any]) -> Pattern | None:
             f"weight_values must be floating point, got {own['weight_values'].dtype} in the state dict."
         )
     return pattern
+
+
+def _check_tensors(layer: SparseLayer, own: dict[str, Any]) -> None:
+    """All that the layer reads must be tensors, with values unless the layer has none either."""
+    for key in {"weight", "weight_values", "weight_shape", "bias", *PATTERN_KEYS} & own.keys():
+        entry = own[key]
+        if not isinstance(entry, Tensor):
+            raise SparsePropError(f"{key} must be a tensor, got {type(entry).__name__} in the state dict.")
+        if entry.is_meta and not layer.weight_shape.is_meta and key not in ("weight_values", "bias"):
+            raise SparsePropError(
+                f"{key} is on the meta device in the state dict, and has no values to load."
+            )
+    if "weight_shape" in own and (own["weight_shape"].dtype, own["weight_shape"].dim()) != (torch.int64, 1):
+        raise SparsePropError("weight_shape must be a row of int64 in the state dict.")
 
 
 def _check_bias(layer: SparseLayer, own: dict[str, Any]) -> None:

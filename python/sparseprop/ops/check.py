@@ -70,13 +70,12 @@ def _refuse(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, geome
     if x.dim() == 0 or x.shape[1 if geometry.dims else -1] != channels:
         form = f"(batch, {channels}, ...)" if geometry.dims else f"(..., {channels})"
         raise SparsePropError(f"expected {form} inputs, got shape {shape}.")
-    if values.shape != index.shape:
+    if bias is not None and (bias.dtype is not values.dtype or bias.shape != (geometry.out_channels,)):
         raise SparsePropError(
-            f"weight values must have one entry per column index, got shapes {tuple(values.shape)} and "
-            f"{tuple(index.shape)}."
+            f"bias must have shape ({geometry.out_channels},) and dtype {values.dtype}, got "
+            f"{tuple(bias.shape)} and {bias.dtype}."
         )
-    assert bias is not None
     raise SparsePropError(
-        f"bias must have shape ({geometry.out_channels},) and dtype {values.dtype}, got {tuple(bias.shape)} "
-        f"and {bias.dtype}."
+        f"weight values must have one entry per column index, got shapes {tuple(values.shape)} and "
+        f"{tuple(index.shape)}."
     )

@@ -10,13 +10,8 @@ from torch.utils.hooks import RemovableHandle
 from sparseprop.errors import SparsePropError
 from sparseprop.masks import NMPattern, misfit
 from sparseprop.nn.mask_rule import MaskRule
-from sparseprop.nn.masked import (
-    MaskedConv1d,
-    MaskedConv2d,
-    MaskedConv3d,
-    MaskedLayer,
-    MaskedLinear,
-)
+from sparseprop.nn.masked import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
+from sparseprop.nn.masked_base import MaskedLayer
 from sparseprop.swap.decide import Candidate, FilterFn, check_model, survey
 from sparseprop.swap.replace import replace_layers
 
@@ -41,8 +36,9 @@ def mask_modules(
     dense ones cost. `freeze_modules` makes them sparse and fast once the masks shall stay.
 
     With Adam, whose steps do not grow with the gradient, a decay inside the gradient loses its meaning:
-    use ``MaskRule(pattern, decoupled=True)`` and `decouple_decay`. Do so too under a gradient scaler, and
-    where gradients of several batches are accumulated: the decay would be scaled, and added every time.
+    use ``MaskRule(pattern, decoupled=True)`` and `decouple_decay`. Do so too under a gradient scaler, where
+    gradients of several batches are accumulated, and where a layer runs several times in a forward pass: the
+    decay would be scaled, or added every time.
 
     Args:
         model: any eager module.
@@ -132,6 +128,8 @@ def decouple_decay(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         )
 
     def after_step(stepped: Optimizer, *_: object) -> None:
+        if getattr(stepped, "found_inf", 0.0):  # a gradient scaler's fused step, which did nothing
+            return
         for group in stepped.param_groups:
             for parameter in group["params"]:
                 layer = layers.get(id(parameter))
