@@ -82,14 +82,15 @@ class Lines {
 class TensorFacts {
  public:
   explicit TensorFacts(py::handle tensor) : tensor_(tensor) {
-    unsigned long long floating = 0;
+    unsigned long long floating = 0, dims = 0;
     known_ = number(PyObject_CallMethod(tensor.ptr(), "is_floating_point", nullptr), floating) && address(address_) && bytes(bytes_) && in_order(in_order_);
     counted_ = !floating && version(version_);
+    ordered_ = number(PyObject_CallMethod(tensor.ptr(), "dim", nullptr), dims) && dims > 1;  // rows that may be transposed
   }
   bool hold() const {
     unsigned long long now;
     if (counted_) return known_ && version(now) && now == version_;
-    return known_ && address(now) && now == address_ && bytes(now) && now == bytes_ && in_order(now) && now == in_order_;
+    return known_ && address(now) && now == address_ && bytes(now) && now == bytes_ && (!ordered_ || (in_order(now) && now == in_order_));
   }
 
  private:
@@ -111,7 +112,7 @@ class TensorFacts {
   }
 
   py::handle tensor_;  // whoever made this keeps it
-  bool counted_ = false, known_ = false;
+  bool counted_ = false, known_ = false, ordered_ = false;
   unsigned long long address_ = 0, bytes_ = 0, in_order_ = 0, version_ = 0;
 };
 
