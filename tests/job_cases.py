@@ -37,6 +37,7 @@ REFUSED_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"weight_decay": -1.0}, "weight_decay must be 0 or more; got -1.0"),
     ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1; got 1.0"),
     ({"threads": 0}, "threads must be 1 or more; got 0"),
+    ({"threads": 99999999999}, "threads must be 1024 or fewer; got 99999999999"),
     ({"batch_size": 1.5}, "batch_size must be a whole number; got 1.5"),
     ({"batch_size": True}, "batch_size must be a whole number; got True"),
     ({"sparsity": "0.9"}, "sparsity must be a number; got '0.9'"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 
@@ -113,6 +114,14 @@ def test_convert_keeps_the_classifier_when_the_images_are_of_other_classes(noted
     kept = after["head.weight"] != 0
     assert torch.equal(after["head.weight"], before["head.weight"] * kept)
     assert torch.equal(after["head.bias"], before["head.bias"])
+
+
+def test_convert_finds_the_channels_whatever_the_order_of_names():
+    save_file(build_model(SPEC).state_dict(), "foreign.safetensors")  # sorts them: the stem comes last
+    command = "convert foreign.safetensors --arch small:8 --image-size 8 --pattern 2:4 --out c.safetensors"
+    status, _, err = call(f"{command} --data digits --batches 2")
+    assert status == 0, err
+    assert load_tensors(Path("c.safetensors"))[1]["spec"]["channels"] == 1
 
 
 @pytest.mark.parametrize("form", ["masked", "pruned", "sparse"])

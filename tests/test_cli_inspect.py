@@ -63,6 +63,30 @@ def test_inspect_reads_a_sparse_layer_that_is_the_whole_model() -> None:
     assert (layer["form"], layer["shape"], layer["nnz"]) == ("sparse", [8, 16], 64)
 
 
+def test_inspect_calls_spectral_norm_dense() -> None:
+    save_checkpoint(nn.utils.spectral_norm(nn.Linear(8, 8)), "model.safetensors")
+    assert inspected("model.safetensors")["weight_orig"]["form"] == "dense"
+
+
+@pytest.mark.parametrize("name", ["heads.[mask]", ":smile:", "heads.[/x]", "block." * 20 + "attention"])
+def test_inspect_prints_names_and_numbers_whole(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, a terminal
+    monkeypatch.setenv("COLUMNS", "40")
+    save_checkpoint({f"{name}.weight": torch.ones(1234, 1000)}, "model.safetensors")
+    status, table, _ = call("inspect model.safetensors")
+    assert status == 0
+    assert table.splitlines()[1].split() == [
+        name,
+        "1234x1000",
+        "dense",
+        "1,234,000",
+        "100.00",
+        "%",
+        "-",
+        "4,936.0",
+    ]
+
+
 def test_weights_of_no_layer_are_listed_without_a_pattern() -> None:
     weight = torch.rand(4, 4, 2, 2, 2, 2)
     weight[0] = 0

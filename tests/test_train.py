@@ -110,6 +110,8 @@ def test_weight_decay_reaches_sparse_values_but_no_bias_or_norm() -> None:
     decayed, kept = make_optimizer(FinetuneConfig(), model).param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(16,)]
     assert len(kept["params"]) == 3
+    decayed, kept = make_optimizer(FinetuneConfig(), nn.MultiheadAttention(8, 2)).param_groups
+    assert [p.dim() for p in (*decayed["params"], *kept["params"])] == [2, 2, 1, 1]
 
 
 def test_job_writes_a_whole_run_folder(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,13 +13,23 @@ from torch.nn.utils import prune
 
 import sparseprop
 from checkpoint_cases import BAD_PATTERNS, NO_CHECKPOINTS, ODD_STATES, sparse_state
-from job_cases import SMALL
+from job_cases import SMALL, same_tensors
 from sparseprop.checkpoint import save_checkpoint
 from sparseprop.errors import SparsePropError
-from sparseprop.train import FinetuneConfig, ModelSpec, Progress, build_model, finetune, report
+from sparseprop.train import (
+    FinetuneConfig,
+    ModelSpec,
+    Progress,
+    SmallResNet,
+    build_model,
+    finetune,
+    models,
+    report,
+)
 from sparseprop.train.phases import phases_of
 from sparseprop.train.prune import prunable_layers
 from sparseprop.train.start import load_model, read_checkpoint, with_own_classes
+from sparseprop.train.trial import check_output
 
 SPEC = ModelSpec("small:8", 7, 1, 8)
 
@@ -48,6 +58,70 @@ def test_odd_state_dicts_are_refused(tmp_path: Path, state: object, message: str
     torch.save(state, tmp_path / "odd.pt")
     with pytest.raises(SparsePropError, match=re.escape(message)):
         read_checkpoint(str(tmp_path / "odd.pt"))
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_the_prefix_of_data_parallelism_is_dropped(tmp_path: Path, ending: str) -> None:
+    save = torch.save if ending == "pt" else save_checkpoint
+    for wrapped, names in (
+        (nn.DataParallel(nn.Linear(4, 4)), ["weight", "bias"]),
+        (nn.ModuleDict({"module": nn.Linear(4, 4), "head": nn.PReLU()}), None),  # just called like that
+    ):
+        save(wrapped.state_dict(), tmp_path / f"model.{ending}")
+        tensors, _ = read_checkpoint(str(tmp_path / f"model.{ending}"))
+        assert list(tensors) == (names or list(wrapped.state_dict()))
+
+
+class Outputs(NamedTuple):
+    logits: torch.Tensor
+    aux: torch.Tensor
+
+
+class TwoHeads(SmallResNet):
+    """Gives a second output while it trains, as googlenet does."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        return Outputs(y, y) if self.training else y
+
+
+class Maps(SmallResNet):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[..., None]
+
+
+class Refuses(SmallResNet):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise ValueError("Expected more than 1 value per channel")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (TwoHeads, "the model small:8 gives a Outputs while it trains; expected a tensor of (2, 10)"),
+        (Maps, "gives (2, 10, 1) while it trains"),
+        (Refuses, "cannot train on images of (2, 1, 8, 8): Expected more than 1 value per channel"),
+    ],
+)
+def test_a_model_that_gives_no_logits_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[SmallResNet], message: str
+) -> None:
+    monkeypatch.setattr(models, "SmallResNet", kind)
+    with pytest.raises(SparsePropError, match=re.escape(message)):
+        finetune(FinetuneConfig(**SMALL, out=str(tmp_path / "run")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_trial_of_the_output_changes_nothing() -> None:
+    model = build_model(SPEC).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    check_output(model, SPEC, 2)
+    assert same_tensors(before, dict(model.state_dict()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
 
 
 def as_is(model: nn.Module) -> nn.Module:

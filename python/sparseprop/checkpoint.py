@@ -4,7 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -184,7 +184,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except (OSError, safetensors.SafetensorError) as error:
         raise SparsePropError(f"{os.fspath(path)!r} cannot be written: {_why(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever kept it from being written is told above
+            temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

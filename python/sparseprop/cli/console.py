@@ -1,5 +1,6 @@
 """How commands speak: one clear sentence for an error, bars on a terminal, plain lines in a log."""
 
+import errno
 import functools
 import sys
 import time
@@ -10,8 +11,8 @@ from typing import ParamSpec, Protocol, Self, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from sparseprop._table import table_lines
 from sparseprop.errors import SparsePropError
 from sparseprop.train.loop import Progress as News
 
@@ -32,6 +33,13 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except SparsePropError as error:
             typer.echo(f"sparseprop: {error}", err=True)
             raise typer.Exit(REFUSED) from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            typer.echo(
+                "sparseprop: a file or folder got a name that is too long; choose a shorter one", err=True
+            )
+            raise typer.Exit(REFUSED) from None
         except KeyboardInterrupt:
             typer.echo("sparseprop: stopped", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -39,17 +47,10 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def show_table(columns: dict[str, bool], rows: list[list[str]], *, caption: str = "") -> None:
-    """Print a table; ``columns`` maps each heading to whether it holds numbers. Never cut, also in a pipe."""
-    table = Table(caption=caption or None, caption_justify="left", box=None, pad_edge=False)
-    for heading, is_number in columns.items():
-        table.add_column(heading, justify="right" if is_number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=500)
-    console.print(table, soft_wrap=not console.is_terminal)
+def show_table(columns: dict[str, bool], rows: list[list[str]]) -> None:
+    """Print a table; ``columns`` says which headings hold numbers. Never cut, nor read as markup."""
+    right = {index for index, is_number in enumerate(columns.values()) if is_number}
+    typer.echo("\n".join(table_lines(list(columns), rows, right)))
 
 
 class View(Protocol):

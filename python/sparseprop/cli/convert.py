@@ -16,7 +16,7 @@ from sparseprop.data import ImageData, batch_order, in_order, load_data
 from sparseprop.errors import SparsePropError
 from sparseprop.train.checkpoint import save_tensors
 from sparseprop.train.models import ModelSpec, default_image_size
-from sparseprop.train.start import load_model, read_checkpoint, with_own_classes
+from sparseprop.train.start import load_model, own_channels, read_checkpoint, with_own_classes
 
 __all__ = ["convert"]
 
@@ -83,8 +83,7 @@ def _setting(
     name = arch or str(known.get("arch") or "")
     if not name:
         raise SparsePropError(f"{checkpoint} does not say which architecture it holds; pass it with --arch")
-    first = next((tensor for tensor in tensors.values() if tensor.dim() == 4), None)
-    channels = int(str(known.get("channels") or (3 if first is None else first.shape[1])))
+    channels = int(str(known.get("channels") or own_channels(name, tensors)))
     size = image_size or int(str(known.get("image_size") or default_image_size(name)))
     images = load_data(data, image_size=size, channels=channels)
     classes = int(str(known.get("num_classes") or len(images.classes)))

@@ -81,7 +81,7 @@ def _layer(name: str, tensors: dict[str, Tensor]) -> _Layer | None:
     if leaf not in ("weight", "weight_orig") or tensor.ndim < 2:
         return None
     mask = mask_of(tensors, name)
-    form = "dense" if leaf == "weight" and mask is None else "masked"
+    form = "dense" if mask is None else "masked"  # spectral norm has a weight_orig without a mask
     kept = (tensor if mask is None else mask) != 0
     return _described(layer or name, tuple(tensor.shape), form, kept, _bytes(tensor))
 

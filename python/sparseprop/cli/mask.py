@@ -1,5 +1,6 @@
 """``sparseprop mask``: the weights of a checkpoint to N:M, by magnitude alone."""
 
+import dataclasses
 import re
 from typing import Annotated
 
@@ -47,12 +48,7 @@ def mask(
         raise SparsePropError(
             f"{checkpoint} holds sparse or pruned layers; expected dense weights; use `sparseprop convert`"
         )
-    layers, masked = [], dict(tensors)
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[2] == "weight" and 2 <= tensor.dim() <= 5 and tensor.is_floating_point():
-            reason = "skipped" if unwanted is not None and unwanted.search(name) else ""
-            layer, masked[name] = _masked(name, tensor, rule, reason)
-            layers.append(layer)
+    masked, layers = _masked_all(tensors, rule, unwanted)
     report = ConversionReport(rule.text, "magnitude", tuple(layers))
     if not report.converted:
         why = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers[:3]) or "it has no such tensor"
@@ -75,15 +71,52 @@ def _expression(text: str) -> re.Pattern[str] | None:
         raise SparsePropError(f"--skip {text!r} is no regular expression: {error}") from None
 
 
+def _masked_all(
+    tensors: dict[str, Tensor], rule: PatternRule, unwanted: re.Pattern[str] | None
+) -> tuple[dict[str, Tensor], list[LayerReport]]:
+    """All tensors with the weights among them masked, and what became of each weight."""
+    masked, layers = dict(tensors), {}
+    for group in _tied(tensors):
+        weights = [name for name in group if _is_weight(name, tensors[name])]
+        if not weights:
+            continue
+        skipped = [name for name in group if unwanted is not None and unwanted.search(name)]
+        reason = f"shared with {skipped[0]}" if skipped else ""
+        layer, tensor = _masked(weights[0], tensors[weights[0]], rule, reason)
+        masked |= dict.fromkeys(group, tensor)  # the same object under each name: it stays shared
+        for name in weights:
+            why = "skipped" if name in skipped else layer.reason
+            layers[name] = dataclasses.replace(layer, name=name, reason=why)
+    return masked, [layers[name] for name in tensors if name in layers]
+
+
+def _tied(tensors: dict[str, Tensor]) -> list[list[str]]:
+    """The names, those of one and the same tensor together."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        groups.setdefault(view if tensor.numel() else name, []).append(name)
+    return list(groups.values())
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    return name.rpartition(".")[2] == "weight" and 2 <= tensor.dim() <= 5 and tensor.is_floating_point()
+
+
 def _masked(name: str, weight: Tensor, rule: PatternRule, reason: str) -> tuple[LayerReport, Tensor]:
     before = float((weight != 0).sum()) / max(1, weight.numel())
     kind, shape = ("Linear" if weight.dim() == 2 else f"Conv{weight.dim() - 2}d"), tuple(weight.shape)
     if weight.dtype not in _DTYPES:
         reason = reason or f"{weight.dtype}, wanted 16 bits or more"
+    if not weight.numel():
+        reason = reason or "no elements"
     pattern = reason or rule.choose(shape, 1, 1.0 - before)
     if isinstance(pattern, str):
         return LayerReport(name, kind, shape, None, before, None, None, None, None, pattern), weight
-    keep = pattern_mask(weight.abs(), pattern)
+    try:
+        keep = pattern_mask(weight.abs(), pattern)
+    except SparsePropError as error:
+        raise SparsePropError(f"{name}: {error}") from None
     retained, density = retained_magnitude(weight.abs(), keep), float(keep.float().mean())
     report = LayerReport(name, kind, shape, str(pattern), before, density, retained, None, None, "")
     return report, weight * keep

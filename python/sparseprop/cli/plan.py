@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-import torch
 import typer
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from sparseprop.errors import SparsePropError
 from sparseprop.train.models import ModelSpec, default_image_size, parse_arch
 from sparseprop.train.prune import magnitude_masks, prunable_layers
 from sparseprop.train.start import is_file_name, load_model, read_checkpoint, with_own_classes
-from sparseprop.train.swapping import with_masks
+from sparseprop.train.swapping import example_batch, with_masks
 
 __all__ = ["example_model", "plan"]
 
@@ -61,4 +60,4 @@ def example_model(
         weights = {layer: module.get_parameter("weight") for layer, module in layers.items()}
         masks |= magnitude_masks(weights, sparsity, scope="layer")
     with_masks(built, masks)
-    return built, torch.zeros(batch_size, spec.channels, spec.image_size, spec.image_size)
+    return built, example_batch(batch_size, spec)

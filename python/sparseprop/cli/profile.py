@@ -17,6 +17,7 @@ from sparseprop.cli.options import (
     Sparsity,
     check_at_least,
     check_file,
+    check_threads,
 )
 from sparseprop.cli.plan import example_model
 
@@ -38,7 +39,8 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Say where a training step's time goes: layer by layer, dense and sparse side by side."""
-    check_at_least(1, threads=threads, steps=steps)
+    check_at_least(1, steps=steps)
+    check_threads(threads)
     check_at_least(0, top=top)
     if png is not None:
         check_file(png)

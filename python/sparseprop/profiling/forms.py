@@ -15,7 +15,7 @@ from sparseprop.profiling.trace import Training
 from sparseprop.swap.decide import check_model
 from sparseprop.swap.measure import as_arguments
 from sparseprop.swap.plan import SwapPlan
-from sparseprop.swap.replace import swap_modules, to_dense
+from sparseprop.swap.replace import pruned_weights, swap_modules, to_dense
 
 __all__ = [
     "LossFn",
@@ -48,7 +48,7 @@ def both_forms(model: nn.Module, example: object, plan: SwapPlan | None) -> tupl
     if any(isinstance(module, SparseLayer) for module in model.modules()):
         if plan is not None:
             raise SparsePropError("profile takes a plan for a dense model; this one is swapped already.")
-        sparse = copy.deepcopy(model)
+        sparse = copy.deepcopy(model, dict(pruned_weights(model)))
         return to_dense(model, inplace=False), sparse
     sparse = swap_modules(model, None if plan else example, plan=plan, inplace=False)
     return to_dense(sparse, inplace=False), sparse
@@ -89,7 +89,7 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
 def default_loss(output: Any) -> Tensor:
     """Cross-entropy of fixed labels for (batch, classes), else the mean of squares."""
     tensor = _first_tensor(output)
-    if tensor.dim() == 2 and tensor.is_floating_point():
+    if tensor.dim() == 2:
         classes = tensor.shape[1]
         labels = torch.arange(tensor.shape[0], device=tensor.device) % classes
         return functional.cross_entropy(tensor, labels)
@@ -97,15 +97,12 @@ def default_loss(output: Any) -> Tensor:
 
 
 def _first_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
     values = output.values() if isinstance(output, Mapping) else output
-    for value in values if isinstance(output, Mapping | tuple | list) else ():
+    for value in values if isinstance(output, Mapping | tuple | list) else (output,):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    raise SparsePropError(
-        f"profile cannot make a loss of a {type(output).__name__}; pass loss=..., a function of the output."
-    )
+    what = f"{output.dtype} tensor" if isinstance(output, Tensor) else type(output).__name__
+    raise SparsePropError(f"profile cannot make a loss of a {what}; pass loss=..., a function of the output.")
 
 
 def first_shape(example: object) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """`profile`: build both forms of a model, time their steps whole and watched, and put them side by side."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 
@@ -23,7 +24,7 @@ from sparseprop.profiling.forms import (
 )
 from sparseprop.profiling.ledger import Key
 from sparseprop.profiling.report import LayerTimes, Parts, StepProfile, StepTimes
-from sparseprop.profiling.split import Shares, shares_of
+from sparseprop.profiling.split import Shares, shares_of, together
 from sparseprop.profiling.trace import (
     AUTOGRAD,
     LOSS,
@@ -34,9 +35,13 @@ from sparseprop.profiling.trace import (
     traced_step,
 )
 from sparseprop.swap.plan import SwapPlan
+from sparseprop.swap.unchanged import random_states_kept
 from sparseprop.timing import Comparison, Step, Timer, compare
 
 __all__ = ["profile"]
+
+# A layer called with ever other shapes is split by the most frequent ones, or timing would never end.
+_MOST_CALLS = 16
 
 
 def profile(
@@ -50,10 +55,11 @@ def profile(
 ) -> StepProfile:
     """Say where the time of a training step goes, layer by layer, dense and sparse side by side.
 
-    Works on copies: `model` keeps its weights, buffers and flags. Its training mode and frozen parameters are
-    respected. Convolutional models are tried in both dense layouts (contiguous and channels_last) on either
-    side, all in turn, and the faster one is profiled. Cut a large batch: up to four copies of the model train
-    side by side. Times taken on a busy machine with several threads tell little; use one thread there.
+    Works on copies: `model` keeps its weights, buffers and flags, and random generators their states. Its
+    training mode and frozen parameters are respected. Convolutional models are tried in both dense layouts
+    (contiguous and channels_last) on either side, all in turn, and the faster one is profiled. Cut a large
+    batch: up to four copies of the model train side by side. Times taken on a busy machine with several
+    threads tell little; use one thread there.
 
     Args:
         model: swapped, or dense with zeros (then swapped by `plan`, or by what `sparseprop.plan` measures).
@@ -68,8 +74,8 @@ def profile(
         A `StepProfile`: prints as a table; `to_json`, `save_png`.
 
     Raises:
-        SparsePropError: a wrapper (compiled, data parallel), nothing to train, `steps` below 1, or a `plan`
-            for a model that is swapped already.
+        SparsePropError: a wrapper (compiled, data parallel), nothing to train, `steps` below 1, a loss
+            that is not one number, or a `plan` for a model that is swapped already.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     >>> _ = model[0].weight.data[:, :60].zero_()
@@ -79,11 +85,17 @@ def profile(
     >>> [layer.name for layer in found.layers]
     ['', '0', '1', '2', '(loss)', '(optimizer)', '(gradient sums)']
     """
-    if steps < 1:
-        raise SparsePropError(f"profile needs steps >= 1, got {steps}.")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise SparsePropError(f"profile needs steps >= 1, got {steps!r}.")
     options = Options(example_input, loss or default_loss, optimizer or default_optimizer)
+    with random_states_kept():
+        return _profile(model, options, plan, steps)
+
+
+def _profile(model: nn.Module, options: Options, plan: SwapPlan | None, steps: int) -> StepProfile:
+    example_input = options.example_input
     models = dict(zip(("dense", "sparse"), both_forms(model, example_input, plan), strict=True))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.enable_grad():
         trainings = {
             (form, layout): make_training(one, layout, options)
             for form, one in models.items()
@@ -131,19 +143,22 @@ def _watch(training: Training, steps: int) -> tuple[float, dict[str, Parts]]:
     return whole, _parts(medians, _shares(training.model, watched[0][1], _short))
 
 
-def _shares(model: nn.Module, calls: Mapping[str, CallSpec], timer: Timer) -> dict[str, Shares]:
-    """Of each Linear and Conv layer; layers alike in all that matters are timed once."""
+def _shares(model: nn.Module, calls: Mapping[str, Counter[CallSpec]], timer: Timer) -> dict[str, Shares]:
+    """Of each Linear and Conv layer; calls of layers alike in all that matters are timed once."""
     known: dict[object, Shares] = {}
     shares = {}
     for name, layer in contractions(model).items():
         if name not in calls:
             continue
+        found = []
         nnz = layer.nnz if isinstance(layer, SparseLayer) else None
         trained = tuple(p.requires_grad for p in layer.parameters())
-        alike = (layer.extra_repr(), nnz, calls[name], trained)
-        if alike not in known:
-            known[alike] = shares_of(layer, calls[name], timer)
-        shares[name] = known[alike]
+        for call, count in calls[name].most_common(_MOST_CALLS):
+            alike = (layer.extra_repr(), nnz, call, trained)
+            if alike not in known:
+                known[alike] = shares_of(layer, call, timer)
+            found.append((known[alike], count))
+        shares[name] = together(found)
     return shares
 
 

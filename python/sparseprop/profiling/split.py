@@ -6,6 +6,7 @@ wanted, with the other, and, if sparse, with next to no weights, which leaves wh
 and for being called. The shares found are applied to the time the layer took in the step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,20 +17,52 @@ from sparseprop.pattern import SparsityPattern
 from sparseprop.profiling.trace import CallSpec
 from sparseprop.timing import Step, Timer
 
-__all__ = ["Shares", "shares_of"]
+__all__ = ["Shares", "shares_of", "together"]
 
 # Fewer multiply-adds run on one thread only, which would make the layout change look slow.
 _PARALLEL_WORK = 1 << 20
+# One weight in so many is few enough not to count, however small the layer.
+_FEW = 10
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of a layer's forward and of its backward time; the backward ones add up to 1."""
+    """Shares of a layer's forward and of its backward time; the backward ones add up to 1. What both took
+    when they were found weighs them against those of other calls.
+    """
 
     forward_layout: float = 0.0
     backward_layout: float = 0.0
     grad_input: float = 1.0
     grad_weight: float = 0.0
+    forward_ms: float = 0.0
+    backward_ms: float = 0.0
+
+
+def together(calls: Iterable[tuple[Shares, int]]) -> Shares:
+    """Shares of all calls of a layer in a step, each given with how often it occurs.
+
+    >>> first, later = Shares(backward_ms=2.0), Shares(grad_input=0.5, grad_weight=0.5, backward_ms=3.0)
+    >>> found = together([(first, 1), (later, 2)])
+    >>> found.grad_input, found.grad_weight, found.backward_ms
+    (0.625, 0.375, 8.0)
+    """
+    known = list(calls)
+    forward_ms = sum(count * one.forward_ms for one, count in known)
+    backward_ms = sum(count * one.backward_ms for one, count in known)
+    layout = sum(count * one.forward_ms * one.forward_layout for one, count in known)
+    forward_layout = _share(layout, forward_ms)
+    if not backward_ms:
+        return Shares(forward_layout, forward_ms=forward_ms)
+    weighted = [(one, count * one.backward_ms / backward_ms) for one, count in known]
+    return Shares(
+        forward_layout,
+        sum(weight * one.backward_layout for one, weight in weighted),
+        sum(weight * one.grad_input for one, weight in weighted),
+        sum(weight * one.grad_weight for one, weight in weighted),
+        forward_ms,
+        backward_ms,
+    )
 
 
 def shares_of(layer: nn.Module, call: CallSpec, timer: Timer) -> Shares:
@@ -52,11 +85,12 @@ def shares_of(layer: nn.Module, call: CallSpec, timer: Timer) -> Shares:
         whole = only_input or only_weight or 0.0
         layout = _share(thin_backward, whole)
         rest = 1.0 - layout
-        return Shares(forward_layout, layout, rest * (only_weight is None), rest * (only_weight is not None))
+        halves = rest * (only_weight is None), rest * (only_weight is not None)
+        return Shares(forward_layout, layout, *halves, ms["forward"], whole)
     layout = _share(thin_backward, ms["both"])
     for_input, for_weight = (max(ms_ - thin_backward, 1e-9) for ms_ in (only_input, only_weight))
     rest = (1.0 - layout) / (for_input + for_weight)
-    return Shares(forward_layout, layout, rest * for_input, rest * for_weight)
+    return Shares(forward_layout, layout, rest * for_input, rest * for_weight, ms["forward"], ms["both"])
 
 
 def _share(part: float, whole: float) -> float:
@@ -89,7 +123,7 @@ def _thin(layer: SparseLayer, call: CallSpec) -> SparseLayer:
     """The same layer with so few weights that only its layout costs."""
     geometry = layer._geometry
     columns = max(1, torch.Size(call.input.shape).numel() // geometry.in_channels)
-    nnz = min(layer.nnz, max(1, _PARALLEL_WORK // columns))
+    nnz = 1 if torch.get_num_threads() == 1 else max(1, min(layer.nnz // _FEW, _PARALLEL_WORK // columns))
     pattern = SparsityPattern.random(
         geometry.out_channels, geometry.cols, nnz=nnz, generator=torch.Generator().manual_seed(0)
     )

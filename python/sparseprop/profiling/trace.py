@@ -6,6 +6,7 @@ forbids in-place activations.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +49,7 @@ class Training:
 
 @dataclass(frozen=True)
 class CallSpec:
-    """What a layer was given, forward and backward (None if that did not reach it)."""
+    """What a layer was given in one call, forward and backward (None if that did not reach it)."""
 
     input: InputSpec
     grad: InputSpec | None
@@ -60,8 +61,9 @@ def contractions(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def traced_step(training: Training) -> tuple[dict[Key, float], dict[str, CallSpec]]:
-    """Run one step; seconds by name and "forward", "backward" or "accumulate", and calls by name.
+def traced_step(training: Training) -> tuple[dict[Key, float], dict[str, Counter[CallSpec]]]:
+    """Run one step; seconds by name and "forward", "backward" or "accumulate", and by name how often a layer
+    was called with what.
 
     Names are those of modules, and the three above for what happens outside of them.
     """
@@ -94,8 +96,7 @@ class _Tracer:
         self._model = model
         self._first: list[int] = []  # ascending: from this node number on ...
         self._owner: list[str] = []  # ... nodes belong to this module
-        self._inputs: dict[str, InputSpec] = {}
-        self._grads: dict[str, InputSpec] = {}
+        self._calls: dict[str, list[CallSpec]] = {}
 
     def boundary(self, name: str) -> None:
         """Nodes made from now on belong to `name`."""
@@ -121,8 +122,8 @@ class _Tracer:
             node.register_prehook(partial(_on_enter, self.ledger, key))
             node.register_hook(partial(_on_leave, self.ledger))
 
-    def calls(self) -> dict[str, CallSpec]:
-        return {name: CallSpec(spec, self._grads.get(name)) for name, spec in self._inputs.items()}
+    def calls(self) -> dict[str, Counter[CallSpec]]:
+        return {name: Counter(calls) for name, calls in self._calls.items()}
 
     def _enter(self, name: str, *_: object) -> None:
         self.boundary(name)
@@ -133,13 +134,12 @@ class _Tracer:
         outer = self.ledger.current
         self.boundary(LOSS if outer is None else outer[0])
         x = args[0] if args else kwargs.get("input")
-        if split and isinstance(output, Tensor) and isinstance(x, Tensor) and name not in self._inputs:
-            self._inputs[name] = _spec(x)
+        if split and isinstance(output, Tensor) and isinstance(x, Tensor):
+            calls = self._calls.setdefault(name, [])
+            calls.append(CallSpec(_spec(x), None))
             if output.requires_grad:
-                output.register_hook(partial(self._note_grad, name))  # type: ignore[no-untyped-call]
-
-    def _note_grad(self, name: str, grad: Tensor) -> None:
-        self._grads[name] = _spec(grad)
+                note = partial(_note_grad, calls, len(calls) - 1)
+                output.register_hook(note)  # type: ignore[no-untyped-call]
 
     def _owner_of(self, node: Node) -> str:
         at = bisect_right(self._first, node._sequence_nr()) - 1
@@ -154,7 +154,16 @@ def _on_leave(ledger: Ledger, *_: object) -> None:
     ledger.leave()
 
 
-def _check_loss(loss: Tensor) -> None:
+def _note_grad(calls: list[CallSpec], which: int, grad: Tensor) -> None:
+    calls[which] = CallSpec(calls[which].input, _spec(grad))
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        what = type(loss).__name__
+        if isinstance(loss, Tensor):
+            what = f"{loss.dtype} tensor of shape {tuple(loss.shape)}"
+        raise SparsePropError(f"profile needs a loss that is a tensor of one real number, got a {what}.")
     if loss.grad_fn is None:
         raise SparsePropError(
             "profile found nothing to train: the loss depends on no parameter that requires a gradient."

@@ -1,9 +1,7 @@
 """What each layer is given by an example input, and how fast its dense and sparse forms are on that."""
 
 import copy
-import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +11,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sparseprop.errors import SparsePropError
-from sparseprop.swap.kinds import Facts, facts, sparse_from_dense
+from sparseprop.swap.kinds import sparse_from_dense
+from sparseprop.swap.unchanged import ModelState, random_states_kept
 from sparseprop.timing import Comparison, Timer, module_step
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "CONTIGUOUS",
     "InputSpec",
     "Measured",
-    "Measurements",
     "Times",
     "as_arguments",
     "capture",
@@ -32,8 +30,6 @@ __all__ = [
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 # by dimensions of the images
 _FORMATS = {4: (nn.Conv2d, torch.channels_last), 5: (nn.Conv3d, torch.channels_last_3d)}
-
-_SAME_SPARSITY = 0.01
 
 
 @dataclass(frozen=True)
@@ -95,22 +91,15 @@ def least_layout(measured: Iterable[Measured]) -> str | None:
     return min(layouts, key=lambda layout: sum(each.within(layout).least_ms for each in known))
 
 
-@dataclass(frozen=True)
-class _Key:
-    """Layers equal in this have equal times, if also their sparsity is the same."""
-
-    facts: Facts
-    spec: InputSpec
-    parameters: tuple[tuple[torch.dtype, bool], ...]
-
-
 def capture(model: nn.Module, example_input: object, layers: Iterable[nn.Module]) -> dict[int, InputSpec]:
     """Run `model` once on `example_input` and note what each of `layers` gets first, by ``id`` of the layer.
 
-    Buffers (batch-norm statistics), training flags and random state are as before afterwards.
+    Buffers (batch-norm statistics), attributes, training flags and random state are as before afterwards,
+    and so are the parameters of layers with a ``max_norm``, which each forward renormalizes.
 
     Raises:
-        SparsePropError: `example_input` is neither tensor, tuple nor dict, or the model fails on it.
+        SparsePropError: `example_input` is neither tensor, tuple nor dict, the model fails on it, or it
+            writes to another parameter.
     """
     args, kwargs = as_arguments(example_input)
     wanted = {id(layer) for layer in layers}
@@ -128,8 +117,9 @@ def capture(model: nn.Module, example_input: object, layers: Iterable[nn.Module]
         running.pop()
 
     handles: list[RemovableHandle] = []
+    found = ModelState(model)
     try:
-        with _left_as_found(model):
+        with random_states_kept():
             for name, module in model.named_modules():
                 before = partial(enter, name=name)
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -144,28 +134,9 @@ def capture(model: nn.Module, example_input: object, layers: Iterable[nn.Module]
     finally:
         for handle in handles:
             handle.remove()
+        found.put_back()
+    found.check()
     return specs
-
-
-class Measurements:
-    """Times layers with `timer`, equal layers once."""
-
-    def __init__(self, timer: Timer) -> None:
-        self._timer = timer
-        self._known: list[tuple[_Key, float, Measured]] = []
-
-    def of(self, layer: nn.Module, name: str, sparsity: float, spec: InputSpec) -> Measured:
-        """Times of `layer` on inputs like `spec`; those of an equal layer within 1 % sparsity if known."""
-        parameters = tuple((p.dtype, p.requires_grad) for p in layer.parameters())
-        key = _Key(facts(layer), spec, parameters)
-        for known_key, known_sparsity, measured in self._known:
-            same_forms = (known_sparsity > 0) == (sparsity > 0)
-            if known_key == key and same_forms and abs(known_sparsity - sparsity) <= _SAME_SPARSITY:
-                return measured
-        with torch.inference_mode(False):  # the example may have run in it, its tensors cannot be stepped on
-            measured = measure_layer(layer, name, sparsity, spec, self._timer)
-        self._known.append((key, sparsity, measured))
-        return measured
 
 
 def measure_layer(layer: nn.Module, name: str, sparsity: float, spec: InputSpec, timer: Timer) -> Measured:
@@ -223,28 +194,3 @@ def as_arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]
         "example_input must be a tensor, a tuple of positional or a dict of named arguments of the model, "
         f"got {type(example_input).__name__}."
     )
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    modules = list(model.modules())
-    flags = [module.training for module in modules]
-    buffers = [
-        (module, key, buffer, buffer.detach().clone())
-        for module in modules
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    python_state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python_state)
-        for module, flag in zip(modules, flags, strict=True):
-            module.training = flag
-        with torch.no_grad():
-            for module, key, buffer, before in buffers:
-                module._buffers[key] = buffer
-                if not torch.equal(buffer, before):  # some buffers are expanded views: they refuse writes
-                    buffer.copy_(before)

@@ -11,15 +11,15 @@ from sparseprop.errors import SparsePropError
 from sparseprop.swap.cost import estimate, keep_dense_rule
 from sparseprop.swap.cuda import is_cuda, parse_cuda_pattern, plan_semi_structured
 from sparseprop.swap.decide import Candidate, FilterFn, check_model, survey
-from sparseprop.swap.kinds import facts
+from sparseprop.swap.kinds import Facts, facts
 from sparseprop.swap.measure import (
     CHANNELS_LAST,
     InputSpec,
     Measured,
-    Measurements,
     Times,
     capture,
     least_layout,
+    measure_layer,
 )
 from sparseprop.swap.plan import LayerPlan, SwapPlan
 from sparseprop.timing import Timer, compare
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 # A layer becomes sparse only if its time is below this fraction of the dense one: repeated runs of one and
 # the same layer differ by 2 % on a quiet machine, estimates by more from what is measured then.
 CLEARLY_FASTER = 0.95
+
+_SAME_SPARSITY = 0.01
 
 
 def plan(
@@ -63,8 +65,8 @@ def plan(
         A `SwapPlan` with one entry, and one reason, for each dense ``Linear`` or ``Conv`` layer.
 
     Raises:
-        SparsePropError: a wrapper (DDP, FSDP, compiled, scripted), an example the model fails on, or a bad
-            `min_sparsity`.
+        SparsePropError: a wrapper (DDP, FSDP, compiled, scripted), an example the model fails on or writes
+            to its parameters on, an example for lazy layers without weights yet, or a bad `min_sparsity`.
 
     >>> import sparseprop
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -88,6 +90,46 @@ def _check_min_sparsity(value: object) -> None:
 
 
 @dataclass(frozen=True)
+class _Key:
+    """Layers equal in this have equal times, if also their sparsity is the same."""
+
+    facts: Facts
+    spec: InputSpec
+    parameters: tuple[tuple[torch.dtype, bool], ...]
+
+
+class Measurements:
+    """Times layers with `timer`, equal layers once."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+        self._known: list[tuple[_Key, float, Measured]] = []
+
+    def of(self, layer: nn.Module, name: str, sparsity: float, spec: InputSpec) -> Measured:
+        """Times of `layer` on inputs like `spec`; those of an equal layer within 1 % sparsity if known."""
+        parameters = tuple((p.dtype, p.requires_grad) for p in layer.parameters())
+        key = _Key(facts(layer), spec, parameters)
+        for known_key, known_sparsity, measured in self._known:
+            same_forms = (known_sparsity > 0) == (sparsity > 0)
+            if known_key == key and same_forms and abs(known_sparsity - sparsity) <= _SAME_SPARSITY:
+                return measured
+        with torch.inference_mode(False):  # the example may have run in it, its tensors cannot be stepped on
+            measured = measure_layer(layer, name, sparsity, spec, self._timer)
+        self._known.append((key, sparsity, measured))
+        return measured
+
+
+def _check_initialized(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(map(nn.parameter.is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            what = f"layer {name!r}" if name else "the model"
+            raise SparsePropError(
+                f"plan cannot run the model on example_input: {what} is a {type(module).__name__} without "
+                "weights yet; run the model once first, then plan."
+            )
+
+
+@dataclass(frozen=True)
 class Planner:
     """The options of `plan`, and the `timer` that measures."""
 
@@ -106,6 +148,7 @@ class Planner:
         candidates = survey(check_model(model, "plan"), self.filter_fn)
         specs: dict[int, InputSpec] = {}
         if example_input is not None and self.min_sparsity is None:
+            _check_initialized(model)
             specs = capture(model, example_input, [c.module for c in candidates if c.reason is None])
         measured = self._measured(candidates, specs)
         layout = least_layout(measured.values())

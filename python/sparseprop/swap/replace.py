@@ -164,7 +164,7 @@ def replace_layers(
             new_layers[id(old)] = new if inplace else copy.deepcopy(new)
     if not inplace:
         # Copied around the layers that are replaced anyway: they cost no memory twice.
-        return copy.deepcopy(model, {**_pruned_weights(model), **new_layers})
+        return copy.deepcopy(model, {**pruned_weights(model), **new_layers})
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             parent._modules[key] = new_layers.get(id(child), child)
@@ -230,7 +230,7 @@ def _carry_attributes(old: nn.Module, new: nn.Module) -> None:
         setattr(new, key, vars(old)[key])
 
 
-def _pruned_weights(model: nn.Module) -> dict[int, torch.Tensor]:
+def pruned_weights(model: nn.Module) -> dict[int, torch.Tensor]:
     """Memo for deepcopy, which refuses the weights that torch.nn.utils.prune computes: copies of them."""
     computed = {}
     for module in model.modules():

@@ -6,26 +6,22 @@ looked for here, and refused.
 
 from __future__ import annotations
 
-import copy
 import gc
 import inspect
 import operator
-import random
 import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
+
+from sparseprop.swap.unchanged import RandomStates, attributes, put_back, same
 
 __all__ = ["IN_PLACE", "Watched", "none_by_default", "trace"]
 
 _TORCH = str(Path(torch.__file__).parent)
-
-_Held = dict[str, tuple[Any, Any]]
-
 
 # functions of `operator` that stand for `a += b` and its like
 IN_PLACE = (
@@ -114,8 +110,8 @@ def trace(tracer: Watched, model: nn.Module) -> tuple[fx.Graph | None, str]:
     """
     if hasattr(getattr(type(model), "_base", type(model)).forward, "__wrapped__"):
         return None, "its forward is decorated"
-    held = [(module, _contents(module)) for module in model.modules()]
-    drawn = _RandomStates()
+    held = [(module, attributes(module)) for module in model.modules()]
+    drawn = RandomStates()
     graph, reason = None, ""
     try:
         graph = tracer.trace(model, concrete_args=none_by_default(model) or None)
@@ -125,61 +121,9 @@ def trace(tracer: Watched, model: nn.Module) -> tuple[fx.Graph | None, str]:
         graph, reason = None, reason or "its forward draws random numbers"
         drawn.put_back()
     for module, before in held:
-        if not _same(before, _contents(module)):
+        if not same(before, attributes(module)):
             graph, reason = None, reason or "its forward sets attributes"
-            _put_back(module, before)
+            put_back(module, before)
     if graph is not None and tracer.kept():
         graph, reason = None, "its forward keeps what it computes"
     return graph, reason
-
-
-class _RandomStates:
-    """Of the generators that code draws from without naming one."""
-
-    def __init__(self) -> None:
-        self._python, self._torch = random.getstate(), torch.get_rng_state()
-        self._numpy: Any = np.random.get_state()  # noqa: NPY002 # the one that models draw from
-
-    def changed(self) -> bool:
-        numpy: Any = np.random.get_state()  # noqa: NPY002
-        same = numpy[2:] == self._numpy[2:] and np.array_equal(numpy[1], self._numpy[1])
-        return not (
-            same and random.getstate() == self._python and torch.equal(torch.get_rng_state(), self._torch)
-        )
-
-    def put_back(self) -> None:
-        random.setstate(self._python)
-        torch.set_rng_state(self._torch)
-        np.random.set_state(self._numpy)  # noqa: NPY002
-
-
-def _contents(module: nn.Module) -> _Held:
-    """The module's attributes, and what those that are containers hold."""
-    return {
-        key: (value, copy.copy(value) if type(value) in (list, dict, set) else None)
-        for key, value in vars(module).items()
-    }
-
-
-def _same(one: _Held, other: _Held) -> bool:
-    return one.keys() == other.keys() and all(
-        held is other[key][0] and _elements(inside) == _elements(other[key][1])
-        for key, (held, inside) in one.items()
-    )
-
-
-def _elements(container: Any) -> list[int]:
-    held = container.values() if isinstance(container, dict) else container or ()
-    return [id(element) for element in held]
-
-
-def _put_back(module: nn.Module, before: _Held) -> None:
-    for key in vars(module).keys() - before.keys():
-        del vars(module)[key]
-    for key, (value, inside) in before.items():
-        vars(module)[key] = value
-        if type(value) is list:
-            value[:] = inside
-        elif type(value) in (dict, set):
-            value.clear()
-            value.update(inside)

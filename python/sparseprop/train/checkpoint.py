@@ -15,7 +15,15 @@ from torch import Tensor
 from sparseprop.checkpoint import atomic_write, load_checkpoint, save_checkpoint
 from sparseprop.errors import SparsePropError
 
-__all__ = ["append_line", "load_tensors", "make_folder", "remove_partials", "save_tensors", "write_text"]
+__all__ = [
+    "append_line",
+    "load_tensors",
+    "make_folder",
+    "read_text",
+    "remove_partials",
+    "save_tensors",
+    "write_text",
+]
 
 _NOTE, _CHECKSUM = "job", "crc32"
 
@@ -67,17 +75,34 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises `SparsePropError` for a file that is missing, truncated or changed since it was written.
     """
     checkpoint = load_checkpoint(path)
-    try:
-        note: dict[str, Any] = json.loads(checkpoint.metadata.get(_NOTE, "{}"))
-        intact = _CHECKSUM not in note or note[_CHECKSUM] == _checksum(checkpoint.state_dict)
-    except (ValueError, TypeError):
-        intact = False
-    if not intact:
+    note = _own_note(checkpoint.metadata.get(_NOTE, ""))
+    if note is None:
+        return checkpoint.state_dict, {}
+    if note.get(_CHECKSUM) != _checksum(checkpoint.state_dict):
         raise SparsePropError(
             f"the checkpoint {path} is corrupted: its checksum does not fit what it holds; expected the file "
             "as it was written; restore it from a copy"
         )
     return checkpoint.state_dict, note
+
+
+def _own_note(text: str) -> dict[str, Any] | None:
+    """The note if `save_tensors` wrote it: others may name theirs alike, but keep no checksum in it."""
+    try:
+        note = json.loads(text)
+    except (ValueError, RecursionError):
+        return {} if text.startswith("{") and f'"{_CHECKSUM}": ' in text else None  # ours, but damaged
+    return note if isinstance(note, dict) and _CHECKSUM in note else None
+
+
+def read_text(path: Path) -> str:
+    """What `write_text` wrote. Raises `SparsePropError` for a file that cannot be read or is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SparsePropError(
+            f"the file {path} cannot be read: {error}; restore it from a copy or start a new run"
+        ) from error
 
 
 def remove_partials(folder: Path) -> None:

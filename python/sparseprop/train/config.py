@@ -12,6 +12,7 @@ from sparseprop.errors import SparsePropError
 
 __all__ = ["FinetuneConfig"]
 
+MOST_THREADS = 1024
 _WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -77,6 +78,8 @@ class FinetuneConfig:
         for name in ("finetune_epochs", "batch_size", "checkpoint_every", "image_size", "threads"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "1 or more")
+        most = self.threads is None or self.threads <= MOST_THREADS
+        _check(most, "threads", self.threads, f"{MOST_THREADS} or fewer")
         if self.lr is not None:
             _check(0 < self.lr < math.inf, "lr", self.lr, "a positive number, such as 0.05")
         _check(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")

@@ -1,5 +1,6 @@
 """What a run keeps while it trains: its state as tensors, the lines of its metrics, the time it took."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -9,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprop.train.checkpoint import append_line, write_text
+from sparseprop.errors import SparsePropError
+from sparseprop.train.checkpoint import append_line, load_tensors, read_text, write_text
+from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.loop import State
 
-__all__ = ["MASK", "Clock", "Metrics", "pack", "restore"]
+__all__ = ["MASK", "Clock", "Metrics", "check_unchanged", "pack", "read_saved", "restore"]
 
 MASK, _MODEL, _RNG = "mask::", "model::", "rng::torch"
+_FREE = ("out", "plots", "threads", "checkpoint_every")  # what may change without changing what is learned
 
 
 def pack(state: State) -> dict[str, Tensor]:
@@ -34,12 +38,37 @@ def restore(state: State, tensors: Mapping[str, Tensor], note: Mapping[str, Any]
     torch.set_rng_state(tensors[_RNG])
 
 
+def read_saved(path: Path, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What was saved in the middle of ``phase``; None if nothing was."""
+    if not path.is_file():
+        return None
+    try:
+        tensors, note = load_tensors(path)
+    except SparsePropError as error:
+        raise SparsePropError(
+            f"{str(error).rstrip('.')}; or delete it, and the phase {phase} starts anew"
+        ) from error
+    return (tensors, note) if note.get("phase") == phase else None
+
+
+def check_unchanged(config: FinetuneConfig, note: Mapping[str, Any], folder: Path) -> None:
+    """Raise `SparsePropError` if ``config.json`` was edited since the run wrote ``note``, which may be older
+    than notes of the configuration."""
+    before, now = note.get("config", {}), dataclasses.asdict(config)
+    for name in now:
+        if name not in _FREE and name in before and before[name] != now[name]:
+            raise SparsePropError(
+                f"{name} in {folder / 'config.json'} was changed since the run began ({before[name]} then, "
+                f"{now[name]} now); put it back or start a new run"
+            )
+
+
 class Metrics:
     """The lines of ``metrics.jsonl``; what a stopped run wrote past its last checkpoint is dropped."""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path, self.count = path, count
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = read_text(path).splitlines(keepends=True) if path.exists() else []
         if len(lines) > count:
             write_text(path, "".join(lines[:count]))
 

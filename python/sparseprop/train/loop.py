@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sparseprop.data import ImageData, augment, batch_order, in_order, mix_seed
 from sparseprop.errors import SparsePropError
+from sparseprop.nn import SparseLayer
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.phases import Phase
 from sparseprop.train.prune import CubicSchedule, magnitude_masks, sparsity_of
@@ -109,7 +110,9 @@ def make_optimizer(config: FinetuneConfig, model: nn.Module) -> torch.optim.Opti
     kept: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            (kept if isinstance(module, _NORMS) or name == "bias" else decayed).append(parameter)
+            sparse = isinstance(module, SparseLayer) and name == "weight_values"
+            plain = isinstance(module, _NORMS) or name == "bias" or (parameter.dim() < 2 and not sparse)
+            (kept if plain else decayed).append(parameter)
     decayed, kept = list(dict.fromkeys(decayed)), list(dict.fromkeys(kept))
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if config.optimizer == "adamw":

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparseprop.checkpoint import atomic_write
 from sparseprop.swap.plan import LayerPlan
+from sparseprop.train.checkpoint import read_text
 from sparseprop.train.report import FinetuneResult
 
 __all__ = ["write_plots"]
@@ -27,7 +28,7 @@ def write_plots(folder: Path, result: FinetuneResult) -> None:
 
     Needs matplotlib; raises `SparsePropError` when a file cannot be written.
     """
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = read_text(folder / "metrics.jsonl").splitlines()
     for name, figure in (
         ("training", _training([json.loads(line) for line in lines])),
         ("step_time", _step_time(result)),

@@ -19,10 +19,11 @@ import sparseprop
 from sparseprop import SwapPlan
 from sparseprop.data import ImageData
 from sparseprop.timing import Step, compare
-from sparseprop.train.checkpoint import save_tensors, write_text
+from sparseprop.train.checkpoint import read_text, save_tensors, write_text
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.loop import make_optimizer
 from sparseprop.train.models import ModelSpec
+from sparseprop.train.swapping import example_batch
 
 __all__ = ["FinetuneResult", "StepTimes", "environment", "parameter_bytes", "step_times", "write_report"]
 
@@ -77,7 +78,7 @@ def write_report(
 ) -> FinetuneResult:
     """Time both models and the layers of the ``masked`` one, which is the sparse one before its swap; write
     the model file, the plots and, last of all, ``result.json``."""
-    plan = _measured(SwapPlan.from_json((folder / "plan.json").read_text()), masked, config, spec)
+    plan = _measured(SwapPlan.from_json(read_text(folder / "plan.json")), masked, config, spec)
     result = FinetuneResult(
         folder=folder,
         accuracy_dense=notes["dense"]["accuracy"],
@@ -163,7 +164,7 @@ def _channels_last(model: nn.Module) -> nn.Module:
 
 def _measured(plan: SwapPlan, masked: nn.Module, config: FinetuneConfig, spec: ModelSpec) -> SwapPlan:
     """The plan as it was obeyed, with measured times in place of estimated ones."""
-    example = torch.zeros(config.batch_size, spec.channels, spec.image_size, spec.image_size)
+    example = example_batch(config.batch_size, spec)
     choices = {layer.name: layer for layer in plan}
     timed = sparseprop.plan(masked, example, filter_fn=lambda _, name: choices[name].sparse_ms is not None)
     layers = (

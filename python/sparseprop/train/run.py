@@ -20,7 +20,7 @@ from sparseprop.train.checkpoint import (
     write_text,
 )
 from sparseprop.train.config import FinetuneConfig
-from sparseprop.train.ledger import MASK, Clock, Metrics, pack, restore
+from sparseprop.train.ledger import MASK, Clock, Metrics, check_unchanged, pack, read_saved, restore
 from sparseprop.train.loop import Hooks, Progress, State, make_optimizer, train_phase
 from sparseprop.train.models import ModelSpec, build_model
 from sparseprop.train.phases import START, Phase, phases_of, source_of
@@ -79,6 +79,9 @@ def resume(folder: str | Path, *, progress: Watcher | None = None) -> FinetuneRe
     config = dataclasses.replace(
         FinetuneConfig.from_json(text, where=folder / "config.json"), out=str(folder)
     )
+    start = _phase_file(folder, START)
+    if start.is_file():
+        check_unchanged(config, load_tensors(start)[1], folder)
     remove_partials(folder)
     with _settings(config):
         return _prepare(config, folder, progress).run()
@@ -141,11 +144,10 @@ class _Job:
         state.initial_sparsity = sparsity_of(masks) if masks else 0.0
         seconds, records = 0.0, int(before["records"])
         saved = self.folder / "checkpoint.safetensors"
-        if saved.is_file():
-            tensors, note = load_tensors(saved)
-            if note.get("phase") == phase.name:
-                restore(state, tensors, note)
-                seconds, records = note["seconds"], note["records"]
+        if (found := read_saved(saved, phase.name)) is not None:
+            tensors, note = found
+            restore(state, tensors, note)
+            seconds, records = note["seconds"], note["records"]
         metrics = Metrics(self.folder / "metrics.jsonl", records)
         clock = Clock(seconds)
 
@@ -173,7 +175,7 @@ class _Job:
         return where | {"initial_sparsity": state.initial_sparsity, "spec": dataclasses.asdict(self.spec)}
 
     def phase_file(self, name: str) -> Path:
-        return self.folder / "phases" / f"{name}.safetensors"
+        return _phase_file(self.folder, name)
 
     def data_of(self, phase: Phase) -> ImageData:
         if phase.data == "target":
@@ -217,6 +219,10 @@ class _Job:
         return model, masks
 
 
+def _phase_file(folder: Path, name: str) -> Path:
+    return folder / "phases" / f"{name}.safetensors"
+
+
 def _prepare(config: FinetuneConfig, folder: Path, progress: Watcher | None) -> _Job:
     start = prepare_start(config)
     phases = phases_of(start.config, needs_pruning=start.needs_pruning)
@@ -228,7 +234,8 @@ def _prepare(config: FinetuneConfig, folder: Path, progress: Watcher | None) -> 
         try:
             write_text(folder / "config.json", start.config.to_json())
             tensors = dict(start.model.state_dict()) | {MASK + n: mask for n, mask in start.masks.items()}
-            save_tensors(first, tensors, {"spec": dataclasses.asdict(start.spec)})
+            note = {"spec": dataclasses.asdict(start.spec), "config": dataclasses.asdict(start.config)}
+            save_tensors(first, tensors, note)
         except SparsePropError:
             if new:
                 _remove_empty(folder)

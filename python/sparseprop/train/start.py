@@ -23,12 +23,14 @@ from sparseprop.train.models import ModelSpec, build_model, default_image_size, 
 from sparseprop.train.phases import source_of
 from sparseprop.train.prune import prunable_layers, sparsity_of
 from sparseprop.train.swapping import check_swap
+from sparseprop.train.trial import check_output
 
 __all__ = [
     "Start",
     "is_file_name",
     "load_model",
     "mask_of",
+    "own_channels",
     "prepare_start",
     "read_checkpoint",
     "with_own_classes",
@@ -73,6 +75,7 @@ def prepare_start(config: FinetuneConfig) -> Start:
     found = sparsity_of(masks) if masks else 0.0
     needs_pruning = source is not None or found < config.sparsity - _CLOSE
     check_swap(model, layers, config, spec)
+    check_output(model, spec, min(2, config.batch_size, len(target.train.labels)))
     return Start(_absolute(config), spec, target, model, needs_pruning, masks)
 
 
@@ -93,7 +96,8 @@ def read_checkpoint(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"there is no checkpoint {path}; expected a .safetensors or .pt file; check the path"
         )
     if path.suffix == ".safetensors":
-        return load_tensors(path)
+        tensors, note = load_tensors(path)
+        return _unwrapped(tensors), note
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of anything else leads the unpickler into errors of any kind
@@ -113,9 +117,16 @@ def read_checkpoint(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     for key, value in content.items():
         check_tensor(key, value)
-    tensors = {key.removeprefix("module."): value for key, value in content.items()}
+    tensors = _unwrapped(content)
     check_patterns(tensors)
     return tensors, {}
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names without the ``module.`` that data parallelism puts before all of them."""
+    if not all(key.startswith("module.") for key in tensors):
+        return tensors
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
 def mask_of(tensors: Mapping[str, Tensor], key: str) -> Tensor | None:
@@ -132,6 +143,14 @@ def with_own_classes(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpe
         if shape and shape != tensor.shape and tensor.shape[:1] == (spec.num_classes,):
             return dataclasses.replace(spec, num_classes=shape[0])
     return spec
+
+
+def own_channels(arch: str, tensors: Mapping[str, Tensor]) -> int:
+    """The input channels of a checkpoint's first convolution, whatever the order of its names; else 3."""
+    model = build_model(ModelSpec(arch, 10, 3, default_image_size(arch)))
+    first = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
+    shape = None if first is None else _stored_shape(f"{first}.weight", tensors)
+    return shape[1] if shape and len(shape) == 4 else 3
 
 
 def _stored_shape(key: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:

@@ -12,12 +12,12 @@ from torch.nn.utils import prune
 import sparseprop
 from sparseprop import SwapPlan
 from sparseprop.errors import SparsePropError
-from sparseprop.train.checkpoint import write_text
+from sparseprop.train.checkpoint import read_text, write_text
 from sparseprop.train.config import FinetuneConfig
 from sparseprop.train.models import ModelSpec
 from sparseprop.train.prune import magnitude_masks
 
-__all__ = ["NOT_PRUNED", "check_swap", "planned", "swap_pruned"]
+__all__ = ["NOT_PRUNED", "check_swap", "example_batch", "planned", "swap_pruned", "with_masks"]
 
 NOT_PRUNED = "not pruned: first layer, classifier or depthwise"
 
@@ -29,7 +29,7 @@ def swap_pruned(
     need be, and fuse what lies between. Returns the model and the masks of the layers that stay dense."""
     with_masks(model, masks)
     if plan_file.is_file():
-        plan = SwapPlan.from_json(plan_file.read_text())
+        plan = SwapPlan.from_json(read_text(plan_file))
     else:
         plan = planned(model, masks, config, spec)
         _require_sparse(plan)
@@ -64,7 +64,7 @@ def planned(
     model: nn.Module, names: Mapping[str, object], config: FinetuneConfig, spec: ModelSpec
 ) -> SwapPlan:
     """The plan for the layers called ``names``: measured, by least sparsity, or by the cost model."""
-    example = torch.zeros(config.batch_size, spec.channels, spec.image_size, spec.image_size)
+    example = example_batch(config.batch_size, spec)
     plan = sparseprop.plan(
         model,
         example,
@@ -77,6 +77,18 @@ def planned(
         dataclasses.replace(layer, reason=NOT_PRUNED) if layer.name in unpruned else layer for layer in plan
     )
     return dataclasses.replace(plan, layers=tuple(layers))
+
+
+def example_batch(batch_size: int, spec: ModelSpec) -> Tensor:
+    """A batch of zeros; raises `SparsePropError` if there is no memory for so many."""
+    try:
+        return torch.zeros(batch_size, spec.channels, spec.image_size, spec.image_size)
+    except (RuntimeError, TypeError, MemoryError):  # a TypeError if a number does not fit 64 bits
+        side = spec.image_size
+        raise SparsePropError(
+            f"{batch_size} images of {spec.channels}x{side}x{side} do not fit in memory; choose a smaller "
+            "batch size or smaller images"
+        ) from None
 
 
 def _require_sparse(plan: SwapPlan) -> None:
