@@ -70,7 +70,7 @@ def own_graph(
         other = None if graph is None else _traced(module, inlined, training, children_train=False)[0]
     finally:
         for part, mode in modes:
-            part.training = mode
+            vars(part)["training"] = mode  # ten times as fast as by the attribute
         for traced, kind in kinds:
             traced.__class__ = kind
     if graph is not None and (other is None or str(graph) != str(other)):
@@ -83,7 +83,7 @@ def _traced(
 ) -> tuple[fx.Graph | None, str]:
     """With gradients recorded and without autocast if children train, the other way round if not."""
     for part in module.modules():
-        part.training = children_train
+        vars(part)["training"] = children_train
     module.training = training
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))

@@ -63,7 +63,7 @@ class Watched(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(autowrap_modules=())  # a third of its time for functions of numbers alone
         self._modes = _modes()
         self._proxies: list[weakref.ref[fx.Proxy]] = []
 
