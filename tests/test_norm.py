@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import sparseprop
 from checks import running
 from sparseprop.backend import available_isas
 from sparseprop.nn.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -206,3 +207,17 @@ def test_statistics_made_in_inference_mode_keep_no_count_and_move_as_in_torch():
     for ours, torchs in zip(*kept, strict=True):
         assert ours.is_inference()
         torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (1, 0, 2, 2)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_what_is_not_finite_reaches_all_of_its_channel(value, place, memory_format):
+    x = torch.randn(4, 2, 5, 5)
+    x[place] = value
+    norm = nn.BatchNorm2d(2)
+    fused = sparseprop.fuse(norm, inplace=False)
+    x = x.contiguous(memory_format=memory_format)
+    assert torch.equal(fused(x).isnan(), norm(x).isnan())
+    assert torch.equal(fused.running_var.isnan(), norm.running_var.isnan())
+    assert torch.equal(fused.running_mean.isfinite(), norm.running_mean.isfinite())

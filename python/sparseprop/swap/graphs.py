@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -73,9 +73,14 @@ def own_graph(
             vars(part)["training"] = mode  # ten times as fast as by the attribute
         for traced, kind in kinds:
             traced.__class__ = kind
-    if graph is not None and (other is None or str(graph) != str(other)):
+    if graph is None:
+        return None, reason
+    if other is None or str(graph) != str(other):
         return None, "its forward asks for gradients, autocast or the mode of its children"
-    return graph, reason
+    called = [child(node, module) for node in graph.nodes]
+    if any(part is not None and type(part).__call__ is not nn.Module.__call__ for part in called):
+        return None, "one of its children has a __call__ of its own"
+    return graph, ""
 
 
 def _traced(
@@ -86,7 +91,7 @@ def _traced(
         vars(part)["training"] = children_train
     module.training = training
     with ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.inference_mode(not children_train))
         modes.enter_context(torch.set_grad_enabled(children_train))
         modes.enter_context(torch.autocast("cpu", enabled=not children_train))
         return trace(_OwnCode(inlined), module)
@@ -153,8 +158,18 @@ def may_wait(nodes: Sequence[fx.Node], module: nn.Module) -> bool:
     last, *_ = nodes
     first, moved = nodes[-1], nodes[1:]
     moved_past = [step for step in _between(first, last) if step not in moved]
-    targets = {node.target for node in moved if node.op == "call_module"}
-    return not any(writes(step, module) or step.target in targets for step in moved_past)
+    alone = {id(part) for node in moved for part in _parts(node, module)}
+    known: dict[int, bool] = {}
+    return not any(
+        writes(step, module, known) or any(id(part) in alone for part in _parts(step, module))
+        for step in moved_past
+    )
+
+
+def _parts(node: fx.Node, module: nn.Module) -> Iterable[nn.Module]:
+    """The module that a node calls, and all in it."""
+    called = child(node, module)
+    return () if called is None else called.modules()
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
@@ -165,22 +180,30 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
             yield node
 
 
-def writes(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a call may change a tensor that it was given, which a call moved past it might read."""
-    if node.op == "call_module":
-        called = module.get_submodule(str(node.target))
-        return hooked(called) or any(map(_may_write, called.modules()))
+def writes(node: fx.Node, module: nn.Module, known: dict[int, bool]) -> bool:
+    """Whether a call may change a tensor that it was given, which a call moved past it might read.
+
+    `known`: what was found out before about the modules within.
+    """
+    called = child(node, module)
+    if called is not None:
+        if id(called) not in known:
+            known[id(called)] = _may_write(called, known)
+        return known[id(called)]
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place = str(name).endswith("_") or name in ("setitem", *IN_PLACE)
     return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
-def _may_write(module: nn.Module) -> bool:
+def _may_write(module: nn.Module, known: dict[int, bool]) -> bool:
     """Whether a module's own code may change what it is given: other people's is looked through."""
     base = getattr(type(module), "_base", type(module))
-    if "forward" in vars(module) or getattr(module, "inplace", False):
+    if hooked(module) or getattr(module, "inplace", False):
         return True
     if base.__module__.startswith(("torch.nn.modules.", "sparseprop.nn.")):
-        return False
+        return any(_may_write(part, known) for part in module.children())
     graphs = [own_graph(module, training)[0] for training in (True, False)]
-    return any(graph is None or any(writes(node, module) for node in graph.nodes) for graph in graphs)
+    return any(graph is None or any(writes(node, module, known) for node in graph.nodes) for graph in graphs)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sparseprop.nn.blocks import BlockParts, MaybeInverted
 from sparseprop.nn.hooks import hooked, hooks_everywhere
@@ -21,7 +21,7 @@ from sparseprop.nn.mixin import mix
 from sparseprop.swap.blocks import block_parts, calls_blocks, join_blocks
 from sparseprop.swap.matches import Matches, matches
 from sparseprop.swap.sharing import share_inputs
-from sparseprop.swap.tracing import none_by_default
+from sparseprop.swap.tracing import defaults
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -38,7 +38,7 @@ class _Runs:
     block: BlockParts | None
     inlined: tuple[str, ...]
     children: list[Any]
-    merged: tuple[tuple[str, ...], ...]  # names on the way to modules that are not called as such
+    merged: tuple[tuple[tuple[str, ...], type[Any]], ...]  # ways to what is not called as such; classes
     names: tuple[str, ...]  # of the forward's arguments
     absent: frozenset[str]  # of those that are not given
 
@@ -46,25 +46,26 @@ class _Runs:
         """Whether the children are as they were, and no hook would miss a call."""
         if self.children != _children(module, self.inlined):
             return False
-        return torch.compiler.is_compiling() or not (
-            hooks_everywhere() or any(hooked(_part(module, path)) for path in self.merged)
-        )
+        for path, kind in self.merged:
+            part = _part(module, path)
+            if part is None or type(part) is not kind or hooked(part):
+                return False
+        return torch.compiler.is_compiling() or not hooks_everywhere()
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the code was traced for such arguments."""
         given = {*self.names[: len(args)], *kwargs}
-        return not given & self.absent and not any(value is None for value in (*args, *kwargs.values()))
+        return not given & self.absent and all(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
 
 
 def _children(module: nn.Module, inlined: tuple[str, ...]) -> list[Any]:
-    """Names and classes of the children, and of those in containers that the code looks into while these have
-    no hooks."""
+    """Names and classes of the children, also of those in lists and dicts of modules, and in containers that
+    the code looks into while these have no hooks."""
     modules = module._modules
     found: list[Any] = [*modules, *map(type, modules.values())]
-    for name in inlined:
-        container = modules.get(name)
-        if container is not None and not hooked(container):
-            found.append((*container._modules, *map(type, container._modules.values())))
+    for name, part in modules.items():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict) or (name in inlined and part and not hooked(part)):
+            found.append(_children(part, ()))
     return found
 
 
@@ -76,8 +77,8 @@ class Rewritten(MaybeInverted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's; itself that once children were added, removed or replaced by others of another
-        class, while hooks or other forwards are on those merged, and where an argument is None, or given
-        though it is None by default.
+        class, while hooks or other forwards are on those merged, and where an argument is no tensor, or given
+        though it has a default.
         """
         runs = vars(self).get(_RUNS)
         if runs is None or not runs.hold(self) or not runs.fits(args, kwargs):
@@ -109,17 +110,19 @@ def _attach(module: Rewritten) -> None:
     by_mode = {training: _forward(module, graph) for training, graph in graphs.items()}
     block = block_parts(graphs[False])
     inlined = max(found[True].inlined, found[False].inlined, key=len)
-    merged = tuple(sorted(tuple(name.split(".")) for name in found[True].modules() | found[False].modules()))
+    paths = sorted(tuple(name.split(".")) for name in found[True].modules() | found[False].modules())
+    merged = tuple((path, type(_part(module, path))) for path in paths)
     names = tuple(inspect.signature(module._base.forward).parameters)[1:]
-    absent = frozenset(none_by_default(module))
+    absent = frozenset(defaults(module))
     vars(module)[_RUNS] = _Runs(by_mode, block, inlined, _children(module, inlined), merged, names, absent)
 
 
-def _part(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
+def _part(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    """The module at the end of a path; None if there is none."""
     part: Any = module
     for name in path:
-        part = part._modules[name]
-    return cast(nn.Module, part)
+        part = None if part is None else part._modules.get(name)
+    return cast("nn.Module | None", part)
 
 
 def _changed(module: nn.Module, matches: Matches, training: bool) -> fx.Graph | None:

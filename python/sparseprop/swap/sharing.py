@@ -45,7 +45,10 @@ def _read_first(node: fx.Node, module: nn.Module) -> fx.Node | None:
 
 def _read_again(node: fx.Node, x: fx.Node, module: nn.Module) -> bool:
     others = [user for user in x.users if user is not node]
-    return bool(others) and not any(user.op == "output" or graphs.writes(user, module) for user in others)
+    known: dict[int, bool] = {}
+    return bool(others) and not any(
+        user.op == "output" or graphs.writes(user, module, known) for user in others
+    )
 
 
 def _layer(node: fx.Node, graph: fx.Graph) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 import random
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,9 @@ from torch import nn
 from sparseprop.errors import SparsePropError
 from sparseprop.nn.watch import WeightWatch
 
-__all__ = ["Attributes", "ModelState", "RandomStates", "attributes", "put_back", "random_states_kept", "same"]
+__all__ = ["Inside", "ModelState", "RandomStates", "attributes", "put_back", "random_states_kept", "same"]
 
-Attributes = dict[str, tuple[Any, Any]]
+Inside = Any  # of an object: see `_inside`
 
 
 class RandomStates:
@@ -54,38 +55,64 @@ def random_states_kept() -> Iterator[None]:
         drawn.put_back()
 
 
-def attributes(module: nn.Module) -> Attributes:
-    """The module's attributes, and what those that are containers hold."""
-    return {
-        key: (value, copy.copy(value) if type(value) in (list, dict, set) else None)
-        for key, value in vars(module).items()
-    }
+def attributes(module: nn.Module) -> Inside:
+    """The module's attributes, and what those that are containers or generators of random numbers hold."""
+    return _inside(vars(module), 0)
 
 
-def same(one: Attributes, other: Attributes) -> bool:
-    """Whether these are the same objects under the same names, also in containers."""
-    return one.keys() == other.keys() and all(
-        held is other[key][0] and _elements(inside) == _elements(other[key][1])
-        for key, (held, inside) in one.items()
+def same(one: Inside, other: Inside) -> bool:
+    """Whether these are the same objects under the same names, also in containers, in the same state."""
+    if not isinstance(one, list) or not isinstance(other, list):
+        return bool(one == other)
+    return len(one) == len(other) and all(
+        key == other_key and held is other_held and same(inside, other_inside)
+        for (key, held, inside), (other_key, other_held, other_inside) in zip(one, other, strict=True)
     )
 
 
-def _elements(container: Any) -> list[int]:
-    held = container.values() if isinstance(container, dict) else container or ()
-    return [id(element) for element in held]
+def put_back(module: nn.Module, before: Inside) -> None:
+    """Give a module its attributes back, and containers and generators what they held."""
+    _restore(vars(module), before)
 
 
-def put_back(module: nn.Module, before: Attributes) -> None:
-    """Give a module its attributes back, and containers what they held."""
-    for key in vars(module).keys() - before.keys():
-        del vars(module)[key]
-    for key, (value, inside) in before.items():
-        vars(module)[key] = value
-        if type(value) is list:
-            value[:] = inside
-        elif type(value) in (dict, set):
+_PLAIN = (bool, int, float, str, tuple, type(None), torch.Tensor, nn.Parameter)
+_DEEPEST = 4
+
+
+def _inside(value: Any, depth: int) -> Inside:
+    """What can be changed in an object: (key, object, what is inside) of a container, a generator's state."""
+    kind = type(value)  # `isinstance` would ask the values of a trace
+    if kind in _PLAIN or depth > _DEEPEST:
+        return None
+    if issubclass(kind, dict):
+        return [(key, held, _inside(held, depth + 1)) for key, held in value.items()]
+    if issubclass(kind, list | set | deque):
+        return [(None, held, _inside(held, depth + 1)) for held in value]
+    if issubclass(kind, random.Random):
+        return value.getstate()
+    if issubclass(kind, np.random.Generator):
+        return pickle.dumps(value.bit_generator.state)
+    return value.get_state().numpy().tobytes() if issubclass(kind, torch.Generator) else None
+
+
+def _restore(value: Any, before: Inside) -> None:
+    if isinstance(value, random.Random):
+        value.setstate(before)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = pickle.loads(before)
+    elif isinstance(value, torch.Generator):
+        value.set_state(torch.frombuffer(bytearray(before), dtype=torch.uint8))
+    elif isinstance(before, list):
+        for _, held, inside in before:
+            _restore(held, inside)
+        now = value.items() if isinstance(value, dict) else ((None, held) for held in value)
+        if [(key, id(held)) for key, held in now] != [(key, id(held)) for key, held, _ in before]:
             value.clear()
-            value.update(inside)
+            held_before = [held for _, held, _ in before]
+            if isinstance(value, dict):
+                value |= {key: held for key, held, _ in before}
+            else:
+                (value.update if isinstance(value, set) else value.extend)(held_before)
 
 
 class ModelState:
