@@ -59,7 +59,7 @@ def profile(
     training mode and frozen parameters are respected. Convolutional models are tried in both dense layouts
     (contiguous and channels_last) on either side, all in turn, and the faster one is profiled. Cut a large
     batch: up to four copies of the model train side by side. Times taken on a busy machine with several
-    threads tell little; use one thread there.
+    threads tell little; use one thread there. What `fuse` merged is called part by part while watched.
 
     Args:
         model: swapped, or dense with zeros (then swapped by `plan`, or by what `sparseprop.plan` measures).

@@ -102,11 +102,12 @@ def fuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     children and their classes count whenever they come: what they touch is called one by one again.
 
     A changed forward runs where all its arguments are tensors and none with a default is given. It computes
-    what it would have computed; of all else that its code does, such as printing, nothing happens, and plain
-    attributes that steer it are read now: `unfuse` before you change one, then `fuse` again. (Forwards that
-    draw random numbers, set attributes, keep tensors, or switch gradients or autocast are recognised, and
-    left as they are.) Queries, keys and values that attention is computed of, if all are parts of one tensor,
-    get no gradients of their own: that one does.
+    what it would have computed; of all else that its code does, such as printing, nothing happens, plain
+    attributes that steer it are read now, and `type()` of a value is not that of a tensor: `unfuse` before
+    you change such an attribute, then `fuse` again. (Forwards that draw random numbers, set attributes, keep
+    tensors, or switch gradients or autocast are recognised, and left as they are.) Queries, keys and values
+    that attention is computed of, if all are parts of one tensor, get no gradients of their own: that one
+    does.
 
     Args:
         model: any eager module, swapped or not.
