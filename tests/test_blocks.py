@@ -56,6 +56,15 @@ def looked_through(monkeypatch):
     return found
 
 
+def test_blocks_fused_while_they_train_are_joined_too():
+    model = network().train()
+    fused, x = fuse(model, inplace=False), images((3, 8, 8))
+    assert calls_blocks(fused) is not None
+    assert type(fused) is not nn.Sequential
+    for training in (True, False):
+        torch.testing.assert_close(fused.train(training)(x), model.train(training)(x))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_blocks_are_looked_through_once_and_run_as_one_call_each(at_once, looked_through, nested):
     model = network(nested)

@@ -37,6 +37,10 @@ class BlockParts:
 class MaybeInverted(Mixin):
     """A module whose forward may be an inverted residual block in evaluation."""
 
+    def may_be_inverted(self) -> bool:
+        """Whether it may be one in evaluation, whatever its mode is now."""
+        return False
+
     def inverted_parts(self) -> BlockParts | None:
         """Its parts if it is one as it stands now, else None."""
         return None

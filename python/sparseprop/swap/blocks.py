@@ -111,4 +111,4 @@ def _block_call(node: fx.Node, module: nn.Module) -> BlockCall | None:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return isinstance(module, MaybeInverted) and module.inverted_parts() is not None
+    return isinstance(module, MaybeInverted) and module.may_be_inverted()

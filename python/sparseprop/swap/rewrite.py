@@ -85,6 +85,11 @@ class Rewritten(MaybeInverted):
             return self._base.forward(self, *args, **kwargs)
         return runs.by_mode[self.training](self, *args, **kwargs)
 
+    def may_be_inverted(self) -> bool:
+        """Whether the changed forward in evaluation is a block's."""
+        runs: _Runs | None = vars(self).get(_RUNS)
+        return runs is not None and runs.block is not None
+
     def inverted_parts(self) -> BlockParts | None:
         """The parts of the changed forward in evaluation, if it is a block's and would be run."""
         runs: _Runs | None = vars(self).get(_RUNS)
