@@ -65,7 +65,7 @@ def same(one: Inside, other: Inside) -> bool:
     if not isinstance(one, list) or not isinstance(other, list):
         return bool(one == other)
     return len(one) == len(other) and all(
-        key == other_key and held is other_held and same(inside, other_inside)
+        (key is other_key or key == other_key) and held is other_held and same(inside, other_inside)
         for (key, held, inside), (other_key, other_held, other_inside) in zip(one, other, strict=True)
     )
 
@@ -96,23 +96,32 @@ def _inside(value: Any, depth: int) -> Inside:
 
 
 def _restore(value: Any, before: Inside) -> None:
+    if before is None:
+        return
     if isinstance(value, random.Random):
         value.setstate(before)
     elif isinstance(value, np.random.Generator):
         value.bit_generator.state = pickle.loads(before)
     elif isinstance(value, torch.Generator):
         value.set_state(torch.frombuffer(bytearray(before), dtype=torch.uint8))
-    elif isinstance(before, list):
-        for _, held, inside in before:
-            _restore(held, inside)
-        now = value.items() if isinstance(value, dict) else ((None, held) for held in value)
-        if [(key, id(held)) for key, held in now] != [(key, id(held)) for key, held, _ in before]:
-            value.clear()
-            held_before = [held for _, held, _ in before]
-            if isinstance(value, dict):
-                value |= {key: held for key, held, _ in before}
-            else:
-                (value.update if isinstance(value, set) else value.extend)(held_before)
+    else:
+        _refill(value, before)
+
+
+def _refill(container: Any, before: Inside) -> None:
+    for _, held, inside in before:
+        _restore(held, inside)
+    now = container.items() if isinstance(container, dict) else ((None, held) for held in container)
+    if [(key, id(held)) for key, held in now] == [(key, id(held)) for key, held, _ in before]:
+        return
+    container.clear()
+    for key, held, _ in before:
+        if isinstance(container, dict):
+            container[key] = held
+        elif isinstance(container, set):
+            container.add(held)
+        else:
+            container.append(held)
 
 
 class ModelState:
