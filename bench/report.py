@@ -10,11 +10,12 @@ from typing import Any
 from plots import draw_all
 from rows import Results, Row, load
 from sparseprop import SparsePropError
-from summary import AIMS, choices, crossovers, geometric_mean, slower_than_dense, speedups
+from summary import AIMS, at_limit, choices, crossovers, geometric_mean, slower_than_dense, speedups
 
 INTRO = (
     "Forward and backward of one layer with bias and input gradient, float32, medians. Dense is the faster "
-    "of torch's layouts, run in turn with sparse."
+    "of torch's layouts, run in turn with sparse. *At the limit* a layer would cost its arithmetic or its "
+    "memory traffic, whichever is more, and the call of an autograd function that does nothing."
 )
 
 
@@ -59,8 +60,8 @@ def machine(results: Results) -> str:
 
 
 def means(results: Results) -> str:
-    """Geometric means by sparsity, each with the aim and the slowest shape."""
-    found = speedups(results.of("layer"))
+    """Geometric means by sparsity, each with the aim, what no layer could beat, and the slowest shape."""
+    found, most = speedups(results.of("layer")), at_limit(results)
     columns = sorted({sparsity for by in found.values() for sparsity in by})
     body = []
     for group, by in found.items():
@@ -70,6 +71,8 @@ def means(results: Results) -> str:
         body.append([f"{group}, fastest runs", *(times(by[s].best) if s in by else "" for s in columns)])
         if aims:
             body.append([f"{group}, aim", *(times(aims.get(s)) for s in columns)])
+        if most.get(group):
+            body.append([f"{group}, at the limit", *(times(most[group].get(s)) for s in columns)])
         body.append([f"{group}, worst", *(times(by[s].worst.speedup) if s in by else "" for s in columns)])
     worst = [
         [group, percent(sparsity), mean.worst.shape, times(mean.worst.speedup)]

@@ -52,6 +52,17 @@ class Row:
         """Share of the limit that was reached."""
         return self.gflops / self.limit_gflops if self.gflops and self.limit_gflops else None
 
+    @property
+    def dense_ms(self) -> float | None:
+        """Of the faster dense layout."""
+        return min((ms for name, ms in self.ms.items() if name.startswith("dense")), default=None)
+
+    @property
+    def limit_ms(self) -> float | None:
+        """The least time that FMA and memory allow the sparse layer."""
+        share = self.of_limit
+        return self.ms["sparse"] * share if share and "sparse" in self.ms else None
+
     def as_dict(self) -> dict[str, Any]:
         """For `extra_info`."""
         return asdict(self)

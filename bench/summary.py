@@ -58,6 +58,22 @@ def speedups(rows: Iterable[Row]) -> dict[str, dict[float, Mean]]:
     }
 
 
+def at_limit(results: Results) -> dict[str, dict[float, float]]:
+    """What the means of `speedups` would be if every layer cost what it cannot do without.
+
+    That is the least time for its operations and bytes (each byte moved once, at the speed of the nearest
+    cache that holds them), and the call of an autograd function that computes nothing.
+    """
+    calls = [row.ms["idle"] for row in results.of("overhead") if "backward" in row.variant]
+    call_ms = min(calls, default=0.0)
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in results.of("layer"):
+        if row.dense_ms is not None and row.limit_ms is not None:
+            fastest = row.dense_ms / (row.limit_ms + call_ms)
+            found.setdefault(row.group, {}).setdefault(row.sparsity, []).append(fastest)
+    return {group: {s: geometric_mean(those) for s, those in by.items()} for group, by in found.items()}
+
+
 def crossovers(rows: Iterable[Row]) -> dict[str, tuple[float | None, bool]]:
     """For each shape the sparsity at which sparse and dense are equally fast, between measured ones.
 

@@ -80,6 +80,16 @@ def test_means_are_geometric_and_name_the_worst_shape():
     assert means["Conv"][0.9].count == 1
 
 
+def test_the_limit_counts_arithmetic_memory_and_an_idle_call(tmp_path):
+    idle = Row("overhead", "Linear", "D", 0.9, variant="forward + backward", ms={"sparse": 1.0, "idle": 0.5})
+    results = load(written(tmp_path, (*ROWS, idle)))
+    # A takes 4 ms dense and 2 sparse, at a quarter of the limit; B 16 and 2
+    assert summary.at_limit(results)["Linear"][0.9] == pytest.approx((4.0 * 16.0) ** 0.5)
+    without = summary.at_limit(load(written(tmp_path)))
+    assert without["Linear"][0.9] == pytest.approx((8.0 * 32.0) ** 0.5)
+    assert "| Linear, at the limit |" in report.write(written(tmp_path), tmp_path).read_text()
+
+
 def test_break_even_is_interpolated_or_says_which_side():
     found = summary.crossovers(ROWS[:6])
     assert found["A"] == (pytest.approx(0.7), True)
