@@ -1,5 +1,6 @@
 // Python's view of the kernels: shapes and addresses are checked here, once; the GIL is released around the work.
 #include "bindings.h"
+#include "team.h"
 
 using namespace sparseprop;
 
@@ -44,8 +45,16 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_attention(m);
   bind_gelu(m);
   bind_watch(m);
+  on_each_thread([] {
+    const py::gil_scoped_acquire gil;
+    try {
+      const py::dict modules = py::module_::import("sys").attr("modules");
+      if (modules.contains("torch")) modules["torch"].attr("get_num_threads")();
+    } catch (const py::error_already_set&) {  // then OpenMP's own number holds
+    }
+  });
   m.def("available_isas", [] { return py::tuple(py::cast(available_isas())); });
   m.def("active_isa", [] { return std::string(active_kernels().name); });
-  m.def("made_by_amd", &made_by_amd);
+  m.def("amd_family", &amd_family);
   m.def("set_max_isa", &set_max_isa, py::arg("name"));
 }

@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include <cpuid.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -56,9 +58,12 @@ std::vector<std::string> available_isas() {
 
 const Kernels& active_kernels() { return *current().load(std::memory_order_relaxed); }
 
-bool made_by_amd() {
+int amd_family() {
   __builtin_cpu_init();
-  return __builtin_cpu_is("amd");
+  unsigned signature, b, c, d;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &signature, &b, &c, &d)) return 0;
+  const int base = signature >> 8 & 15, extended = signature >> 20 & 255;
+  return base == 15 ? base + extended : base;
 }
 
 void set_max_isa(const std::string& name) { current().store(best_up_to(name)); }

@@ -10,7 +10,7 @@ namespace sparseprop {
 std::vector<std::string> available_isas();   // slowest first
 const Kernels& active_kernels();
 void set_max_isa(const std::string& name);   // throws std::invalid_argument for an unknown name
-bool made_by_amd();                          // of the CPU: libraries choose other kernels there
+int amd_family();                            // of the CPU (25: Zen 3 and 4, 26: Zen 5), 0 of another maker
 
 template <class S>
 const KernelsOf<S>& kernels_of(const Kernels& kernels) {

@@ -110,4 +110,19 @@ bool Team::next(int thread, Piece& piece) {
   return false;
 }
 
+namespace {
+std::atomic<void (*)()> thread_start{nullptr};
+}
+
+void on_each_thread(void (*start)()) { thread_start.store(start); }
+
+int most_threads() {
+  thread_local bool started = false;
+  if (!started) {
+    started = true;
+    if (auto* start = thread_start.load()) start();
+  }
+  return omp_get_max_threads();
+}
+
 }  // namespace sparseprop

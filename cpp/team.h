@@ -77,7 +77,11 @@ class Team {
   std::exception_ptr error_;
 };
 
-inline int team_size(bool parallel) { return parallel && !omp_in_parallel() ? omp_get_max_threads() : 1; }
+// `start` is called once on each thread that calls kernels, before they ask how many threads there are: torch tells OpenMP of
+// torch.set_num_threads on the threads that it ran on, not on those that came later.
+void on_each_thread(void (*start)());
+int most_threads();
+inline int team_size(bool parallel) { return parallel && !omp_in_parallel() ? most_threads() : 1; }
 
 // start() is called by every thread and returns what does its pieces: member(piece).
 template <class Start>

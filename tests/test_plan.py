@@ -14,7 +14,7 @@ from sparseprop.swap import LayerPlan, SwapPlan
 from sparseprop.swap.cost import estimate, keep_dense_rule
 from sparseprop.swap.decide import survey
 from sparseprop.swap.kinds import Facts
-from sparseprop.swap.machines import AMD, INTEL
+from sparseprop.swap.machines import INTEL, ZEN4, ZEN5
 from sparseprop.swap.planner import plan
 from swap_cases import (
     SKIPPED,
@@ -172,11 +172,17 @@ def test_without_example_the_cost_model_decides(monkeypatch):
     assert choices == [
         ("sparse", "estimated"),
         ("dense", "estimated"),
-        ("dense", "fewer than 4096 weights"),
+        ("dense", "fewer than 4096 weights at few positions"),
         ("sparse", "estimated"),
         ("dense", "depthwise"),
     ]
     assert plan(model)[0].dense_ms > plan(model)[0].sparse_ms > 0
+
+
+def test_few_weights_gain_on_large_planes():
+    layer, x = sparsify(nn.Conv2d(24, 144, 1), 0.8), torch.ones(16, 24, 56, 56)
+    assert plan(layer, x, measure=False)[0].choice == "sparse"
+    assert plan(layer, x[:1, :, :8, :8], measure=False)[0].choice == "dense"
 
 
 @pytest.mark.parametrize(
@@ -186,10 +192,14 @@ def test_without_example_the_cost_model_decides(monkeypatch):
         (INTEL, Facts("Linear", 64, 256), (0.3, 0.9)),
         (INTEL, Facts("Conv2d", 256, 256 * 9, 1, (3, 3), (1, 1)), (0.4, 0.65)),
         (INTEL, Facts("Conv2d", 256, 1024, 1, (1, 1), (1, 1)), (0.35, 0.55)),
-        (AMD, Facts("Linear", 1024, 1024), (None, 0.1)),
-        (AMD, Facts("Linear", 64, 256), (None, 0.1)),
-        (AMD, Facts("Conv2d", 256, 256 * 9, 1, (3, 3), (1, 1)), (0.15, 0.4)),
-        (AMD, Facts("Conv2d", 256, 1024, 1, (1, 1), (1, 1)), (0.3, 0.5)),
+        (ZEN4, Facts("Linear", 1024, 1024), (None, 0.2)),
+        (ZEN4, Facts("Linear", 64, 256), (None, 0.2)),
+        (ZEN4, Facts("Conv2d", 256, 256 * 9, 1, (3, 3), (1, 1)), (0.1, 0.4)),
+        (ZEN4, Facts("Conv2d", 256, 1024, 1, (1, 1), (1, 1)), (None, 0.3)),
+        (ZEN5, Facts("Linear", 1024, 1024), (None, 0.1)),
+        (ZEN5, Facts("Linear", 64, 256), (None, 0.1)),
+        (ZEN5, Facts("Conv2d", 256, 256 * 9, 1, (3, 3), (1, 1)), (0.15, 0.4)),
+        (ZEN5, Facts("Conv2d", 256, 1024, 1, (1, 1), (1, 1)), (0.3, 0.5)),
     ],
 )
 def test_estimates_cross_over_where_expected_and_never_turn_back(machine, layer, wins_from):
@@ -205,6 +215,6 @@ def test_estimates_cross_over_where_expected_and_never_turn_back(machine, layer,
 
 def test_estimates_are_those_of_the_machine_at_hand(monkeypatch):
     layer = Facts("Linear", 1024, 1024)
-    for amd, machine in ((True, AMD), (False, INTEL)):
-        monkeypatch.setattr("sparseprop.backend.made_by_amd", lambda amd=amd: amd)
+    for family, machine in ((0, INTEL), (23, ZEN4), (25, ZEN4), (26, ZEN5), (27, ZEN5)):
+        monkeypatch.setattr("sparseprop.backend.amd_family", lambda family=family: family)
         assert estimate(layer, 1000) == estimate(layer, 1000, None, machine)

@@ -1,5 +1,6 @@
 """One thread pool, torch's: who owns it, who may disturb it, and what survives a fork."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,13 +10,14 @@ import pytest
 PRELUDE = "import torch, sparseprop\nlayer = sparseprop.nn.SparseLinear.random(256, 256, density=0.2)\n"
 
 
-def run(code: str) -> str:
+def run(code: str, **environment: str) -> str:
     """Standard output of a fresh interpreter; its thread pools are its own."""
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
         capture_output=True,
         text=True,
         timeout=120,
+        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -98,3 +100,24 @@ def test_results_do_not_depend_on_the_threads_that_took_work_over():
         print("equal")
     """)
     assert out.split() == ["equal"]
+
+
+def test_new_python_threads_keep_to_torchs_number_of_threads():
+    code = """
+        import threading, psutil
+        torch.set_num_threads(1)
+        x = torch.randn(512, 256)
+
+        def work():
+            with torch.no_grad():
+                layer(x)
+            counts.append(psutil.Process().num_threads())
+
+        counts = [psutil.Process().num_threads()]
+        for _ in range(2):  # the first may find threads that others left behind
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        print(counts[2] - counts[0])
+    """
+    assert run(code, OMP_NUM_THREADS="2").split() == ["1"]  # the thread itself

@@ -86,7 +86,7 @@ class Contraction:
 def gelu_backward(grad: int, x: int, grad_x: int, n: int) -> None: ...
 def available_isas() -> tuple[str, ...]: ...
 def active_isa() -> str: ...
-def made_by_amd() -> bool: ...
+def amd_family() -> int: ...
 def set_max_isa(name: str) -> None: ...
 
 # scores and mask come as addresses with element strides in the order (group, row, column, position);
@@ -158,9 +158,9 @@ _Heads = tuple[int, int, int, int]  # address; strides of batch, head and row
 _Mask = tuple[int, bool, int, int, int, int]  # address, bytes or floats; strides of batch, head, query, key
 
 def attention(
-    sizes: AttentionSizes, q: _Heads, k: _Heads, v: _Heads, mask: _Mask, out: _Heads, log_sum: int
+    sizes: AttentionSizes, q: _Heads, k: _Heads, v: _Heads, mask: _Mask, out: _Heads, stats: int
 ) -> None:
-    """softmax(q k^T * scale + mask) v per head; `log_sum` (batch, heads, queries) is written too. float32."""
+    """softmax(q k^T * scale + mask) v per head; `stats` (batch, heads, 2, queries) too. float32."""
 
 def attention_backward(
     sizes: AttentionSizes,
@@ -168,13 +168,13 @@ def attention_backward(
     k: _Heads,
     v: _Heads,
     mask: _Mask,
-    log_sum: int,
+    stats: int,
     grad_out: _Heads,
     grad_q: _Heads,
     grad_k: _Heads,
     grad_v: _Heads,
 ) -> None:
-    """The gradients of q, k and v, from what the forward pass read and the `log_sum` that it wrote."""
+    """The gradients of q, k and v, from what the forward pass read and the `stats` that it wrote."""
 
 def norm_forward(
     wide: bool,

@@ -12,7 +12,7 @@ import torch  # noqa: F401  # before the native module, which then shares torch'
 
 from sparseprop.errors import SparsePropError
 
-__all__ = ["active_isa", "available_isas", "made_by_amd", "name", "use"]
+__all__ = ["active_isa", "amd_family", "available_isas", "name", "use"]
 
 _MODULES = {"native": "sparseprop._native", "reference": "sparseprop.reference"}
 
@@ -36,9 +36,9 @@ def active_isa() -> str:
     return "reference" if name == "reference" else str(import_module(_MODULES["native"]).active_isa())
 
 
-def made_by_amd() -> bool:
-    """Whether the CPU is AMD's, as far as the kernels know; torch's own kernels differ there."""
-    return name == "native" and bool(import_module(_MODULES["native"]).made_by_amd())
+def amd_family() -> int:
+    """Family of an AMD CPU (25: Zen 3 and 4, 26: Zen 5), 0 of others; torch's own kernels differ there."""
+    return int(import_module(_MODULES["native"]).amd_family()) if name == "native" else 0
 
 
 @contextmanager

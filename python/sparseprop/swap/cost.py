@@ -11,7 +11,7 @@ __all__ = ["Estimate", "estimate", "keep_dense_rule"]
 
 _TILE, _LANES = 128, 16  # columns
 _DENSE_BLOCK = 8  # channels that dense convolutions work on at once: 3 of them cost as much as 8
-_TINY = 4096
+_TINY, _SHORT = 4096, 1 << 19  # weights, and products of them in a pass: with fewer of both little is gained
 _FEW, _FEWEST = 32, 8  # columns of a Linear layer: up to which values stay in order, or bitmaps take over
 
 
@@ -43,7 +43,7 @@ def estimate(
     machine = this_machine() if machine is None else machine
     c = machine.families[layer.kind]
     shrink = math.prod(layer.stride)
-    columns = positions if positions is not None else max(1, c.positions // shrink)
+    columns = _columns(layer, positions, machine)
     weights = layer.rows * layer.cols
     compute_ms = 1e-6 * 6.0 * weights * _padding(layer) * columns / c.dense_gflops
     read_ms = 1e-6 * 12.0 * weights / c.dense_gbytes
@@ -68,10 +68,16 @@ def _padding(layer: Facts) -> float:
     return 1.0 if layer.kind == "Linear" else math.ceil(channels / _DENSE_BLOCK) * _DENSE_BLOCK / channels
 
 
-def keep_dense_rule(layer: Facts) -> str | None:
-    """Why an unmeasured layer stays dense whatever its sparsity, or None."""
+def keep_dense_rule(layer: Facts, positions: int | None = None) -> str | None:
+    """Why an unmeasured layer stays dense whatever its sparsity, or None. Positions as for `estimate`."""
+    weights = layer.rows * layer.cols
     if layer.depthwise:
         return "depthwise: too few weights a channel to gain"
-    if layer.rows * layer.cols < _TINY:
-        return f"fewer than {_TINY} weights: too small to gain"
+    if weights < _TINY and weights * _columns(layer, positions, this_machine()) < _SHORT:
+        return f"fewer than {_TINY} weights at few positions: too small to gain"
     return None
+
+
+def _columns(layer: Facts, positions: int | None, machine: Machine) -> int:
+    nominal = machine.families[layer.kind].positions
+    return positions if positions is not None else max(1, nominal // math.prod(layer.stride))

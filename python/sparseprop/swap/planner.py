@@ -199,11 +199,12 @@ class Planner:
 
 def _estimated(candidate: Candidate, sparsity: float, spec: InputSpec | None, how: str) -> LayerPlan:
     layer = facts(candidate.module)
-    rule = keep_dense_rule(layer)
+    positions = _positions(candidate.module, spec)
+    rule = keep_dense_rule(layer, positions)
     if rule is not None:
         return _layer(candidate, "dense", rule if how == "estimated" else f"{how}: {rule}")
     weights = math.prod(candidate.shape)
-    times = estimate(layer, round((1 - sparsity) * weights), _positions(candidate.module, spec))
+    times = estimate(layer, round((1 - sparsity) * weights), positions)
     return _by_ratio(candidate, times.sparse_ms / times.dense_ms, (times.dense_ms, times.sparse_ms), how)
 
 
