@@ -23,7 +23,6 @@ class Head {
     q_ = pieces_.add<float>(s_.queries * wide_);
     k_transposed_ = pieces_.add<float>(s_.width * pitch_);
     scores_ = pieces_.add<float>(block_ * pitch_);
-    factor_ = pieces_.add<float>(block_);
     out_ = pieces_.add<float>(block_ * std::max(wide_, value_wide_));
     if (!backward) {
       v_ = pieces_.add<float>(s_.keys * value_wide_);
@@ -39,23 +38,23 @@ class Head {
   size_t bytes() const { return pieces_.bytes(); }
 
   void forward(void* scratch, int64_t b, int64_t h, const Heads& q, const Heads& k, const Heads& v, const AttentionMask& mask,
-               const Heads& out, float* log_sum) const {
+               const Heads& out, float* stats) const {
     load_queries_and_keys(scratch, b, h, q, k);
     const Panel values{at<float>(scratch, v_), value_wide_}, scores{at<float>(scratch, scores_), pitch_},
         rows{at<float>(scratch, out_), value_wide_};
-    float* const factor = at<float>(scratch, factor_);
+    float* const factors = stats + s_.queries;
     copy_rows({v.of(b, h), v.row}, values, s_.keys, s_.value_width);
     for (int64_t first = 0; first < s_.queries; first += block_) {
       const int64_t n = std::min(block_, s_.queries - first);
       fill_scores(scratch, b, h, first, n, mask);
-      table_.softmax({n, columns_, pitch_, scores.data, nullptr, log_sum + first, factor});
+      table_.softmax({n, columns_, pitch_, scores.data, nullptr, stats + first, factors + first});
       product(n, s_.value_width, s_.keys, scores, values, rows);
-      table_.scale({n, s_.value_width, rows.data, rows.pitch, factor, 1, out.of(b, h) + first * out.row, out.row});
+      table_.scale({n, s_.value_width, rows.data, rows.pitch, factors + first, 1, out.of(b, h) + first * out.row, out.row});
     }
   }
 
   void backward(void* scratch, int64_t b, int64_t h, const Heads& q, const Heads& k, const Heads& v, const AttentionMask& mask,
-                const float* log_sum, const Heads& grad_out, const Heads& grad_q, const Heads& grad_k, const Heads& grad_v) const {
+                const float* stats, const Heads& grad_out, const Heads& grad_q, const Heads& grad_k, const Heads& grad_v) const {
     load_queries_and_keys(scratch, b, h, q, k);
     const Panel keys{at<float>(scratch, k_), wide_}, values{at<float>(scratch, v_transposed_), pitch_},
         queries{at<float>(scratch, q_), wide_}, grads{at<float>(scratch, grad_out_), value_wide_},
@@ -65,11 +64,12 @@ class Head {
     copy_rows({k.of(b, h), k.row}, keys, s_.keys, s_.width);
     transpose({v.of(b, h), v.row}, s_.value_width, values);
     copy_rows({grad_out.of(b, h), grad_out.row}, grads, s_.queries, s_.value_width);
+    float* const shifts = const_cast<float*>(stats);  // read only
     for (int64_t first = 0; first < s_.queries; first += block_) {
       const int64_t n = std::min(block_, s_.queries - first);
       fill_scores(scratch, b, h, first, n, mask);
       product(n, columns_, s_.value_width, grads.from(first), values, grad_scores);
-      table_.softmax_grad({n, columns_, pitch_, scores.data, grad_scores.data, const_cast<float*>(log_sum) + first, nullptr});
+      table_.softmax_grad({n, columns_, pitch_, scores.data, grad_scores.data, shifts + first, shifts + s_.queries + first});
       add_transposed_product(s_.keys, s_.value_width, n, scores, grads.from(first), of_values, first > 0);
       add_transposed_product(s_.keys, s_.width, n, grad_scores, queries.from(first), of_keys, first > 0);
       product(n, s_.width, s_.keys, grad_scores, keys, rows);
@@ -131,7 +131,7 @@ class Head {
   const Kernels& kernels_ = active_kernels();
   const AttentionKernels& table_ = kernels_.attention;
   Pieces pieces_;
-  size_t q_, k_transposed_, scores_, factor_, out_, v_ = 0;
+  size_t q_, k_transposed_, scores_, out_, v_ = 0;
   size_t grad_scores_ = 0, grad_out_ = 0, k_ = 0, v_transposed_ = 0, grad_k_ = 0, grad_v_ = 0;  // backward alone
 };
 
@@ -146,19 +146,19 @@ void for_heads(const AttentionSizes& s, size_t scratch_bytes, Task task) {
 }  // namespace
 
 void attention(const AttentionSizes& s, const Heads& q, const Heads& k, const Heads& v, const AttentionMask& mask,
-               const Heads& out, float* log_sum) {
+               const Heads& out, float* stats) {
   const Head head(s, false);
   for_heads(s, head.bytes(), [&](int64_t b, int64_t h, void* scratch) {
-    head.forward(scratch, b, h, q, k, v, mask, out, log_sum + (b * s.heads + h) * s.queries);
+    head.forward(scratch, b, h, q, k, v, mask, out, stats + (b * s.heads + h) * 2 * s.queries);
   });
 }
 
 void attention_backward(const AttentionSizes& s, const Heads& q, const Heads& k, const Heads& v, const AttentionMask& mask,
-                        const float* log_sum, const Heads& grad_out, const Heads& grad_q, const Heads& grad_k,
+                        const float* stats, const Heads& grad_out, const Heads& grad_q, const Heads& grad_k,
                         const Heads& grad_v) {
   const Head head(s, true);
   for_heads(s, head.bytes(), [&](int64_t b, int64_t h, void* scratch) {
-    head.backward(scratch, b, h, q, k, v, mask, log_sum + (b * s.heads + h) * s.queries, grad_out, grad_q, grad_k, grad_v);
+    head.backward(scratch, b, h, q, k, v, mask, stats + (b * s.heads + h) * 2 * s.queries, grad_out, grad_q, grad_k, grad_v);
   });
 }
 

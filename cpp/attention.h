@@ -25,11 +25,12 @@ struct AttentionMask {
   int64_t batch, head, query, key;  // strides in elements
 };
 
-// log_sum: of the exponentials of each query's scores, (batch, heads, queries).
+// stats: of each query the largest score and one over the sum of the exponentials around it, (batch, heads, 2, queries). Their
+// one logarithm would lose the sum beside a large score.
 void attention(const AttentionSizes& sizes, const Heads& q, const Heads& k, const Heads& v, const AttentionMask& mask,
-               const Heads& out, float* log_sum);
+               const Heads& out, float* stats);
 void attention_backward(const AttentionSizes& sizes, const Heads& q, const Heads& k, const Heads& v, const AttentionMask& mask,
-                        const float* log_sum, const Heads& grad_out, const Heads& grad_q, const Heads& grad_k,
+                        const float* stats, const Heads& grad_out, const Heads& grad_q, const Heads& grad_k,
                         const Heads& grad_v);
 
 }  // namespace sparseprop

@@ -41,16 +41,16 @@ void bind_attention(py::module_& m) {
       .def(py::init(&checked), py::arg("batch"), py::arg("heads"), py::arg("queries"), py::arg("keys"), py::arg("width"),
            py::arg("value_width"), py::arg("scale"), py::arg("causal"));
   m.def("attention", [](const AttentionSizes& sizes, const Address& q, const Address& k, const Address& v,
-                        const MaskAddress& mask, const Address& out, uintptr_t log_sum) {
+                        const MaskAddress& mask, const Address& out, uintptr_t stats) {
     const py::gil_scoped_release release;
-    attention(sizes, heads(q), heads(k), heads(v), masked(mask), heads(out), reinterpret_cast<float*>(log_sum));
-  }, py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("out"), py::arg("log_sum"));
+    attention(sizes, heads(q), heads(k), heads(v), masked(mask), heads(out), reinterpret_cast<float*>(stats));
+  }, py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("out"), py::arg("stats"));
   m.def("attention_backward", [](const AttentionSizes& sizes, const Address& q, const Address& k, const Address& v,
-                                 const MaskAddress& mask, uintptr_t log_sum, const Address& grad_out, const Address& grad_q,
+                                 const MaskAddress& mask, uintptr_t stats, const Address& grad_out, const Address& grad_q,
                                  const Address& grad_k, const Address& grad_v) {
     const py::gil_scoped_release release;
-    attention_backward(sizes, heads(q), heads(k), heads(v), masked(mask), reinterpret_cast<const float*>(log_sum),
+    attention_backward(sizes, heads(q), heads(k), heads(v), masked(mask), reinterpret_cast<const float*>(stats),
                        heads(grad_out), heads(grad_q), heads(grad_k), heads(grad_v));
-  }, py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("log_sum"), py::arg("grad_out"),
+  }, py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("stats"), py::arg("grad_out"),
      py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"));
 }

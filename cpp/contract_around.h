@@ -119,12 +119,12 @@ struct ProductArgs {
 };
 
 // Rows of attention scores, masked ones -infinity; `columns` and pitch are multiples of lanes.
-// softmax:       scores become their exponentials over the row's largest; log_sum: of all exponentials, infinity if they
-//                are all 0; factor: what normalizes them, 0 then
-// softmax_grad:  scores become probabilities by log_sum, grads of the probabilities those of the scores
+// softmax:       scores become the exponentials of their distances to the row's largest, `shift` (0 if all are hidden);
+//                factor: what normalizes them, 0 then
+// softmax_grad:  scores become probabilities by these two, grads of the probabilities those of the scores
 struct ScoreRows {
   ptrdiff_t rows, columns, pitch;
-  float *scores, *grads, *log_sum, *factor;
+  float *scores, *grads, *shift, *factor;
 };
 
 // dst[r * dst_pitch + j] = src[r * src_pitch + j] * factor[r * factor_step]; `columns` is a multiple of lanes.

@@ -26,14 +26,14 @@ class DepthwisePlane {
 
   // `finish` of the outputs, or null; or the sums of a batch norm behind, or null.
   void forward(const S* weights, S* out, const ChannelFinish<S>* finish, const NormSums<S>* sums) const;
-  S first_output(const S* weights) const;
+  S usual_output(const S* weights) const;
   // From `grad()`, for a plane x that `norm` was done to on its way to `input()`; see `DepthwiseGradArgs`.
   void backward(const S* weights, const S* x, int64_t ahead, S* grad_x, const NormSums<S>& norm, S* weight_sums);
 
  private:
   // A plane in zeros; rows begin at cache lines, `first` is where the plane's data begin.
   struct Padded {
-    Padded(int64_t rows, int64_t columns, int64_t top, int64_t left);
+    Padded(int64_t rows, int64_t columns, int64_t top, int64_t left, int64_t step);
     Padded(Padded&&) = default;  // not copied: the pointers are into the storage
     std::vector<S> storage;
     int64_t pitch;

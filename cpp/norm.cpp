@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "norm_tasks.h"
+#include "usual.h"
 
 namespace sparseprop {
 
@@ -66,7 +67,7 @@ void norm_forward(const NormShape& shape, const NormForward<S>& call) {
   const bool parallel = count * channels > kSerial;
   known_stats(call, channels);
   Channels<S> per(channels, call.training);
-  std::vector<S> close(call.x, call.x + channels);  // numbers near the means, as any element of the channel is
+  std::vector<S> close(channels);  // numbers near the means
   NormArgs<S> all{};
   all.cap = static_cast<S>(shape.cap);
   all.past_cache = past_cache<S>(shape, call.pool);
@@ -80,6 +81,7 @@ void norm_forward(const NormShape& shape, const NormForward<S>& call) {
     const Rows rows{shape};
     all.mean = close.data();
     if (call.training) {
+      for (int64_t c = 0; c < channels; ++c) close[c] = usual<S>(count, [&](int64_t i) { return call.x[i * channels + c]; });
       const auto sums = rows.reduce(all, parallel, table<S>().rows.sums);
       for (int64_t c = 0; c < channels; ++c) finish_stats(call, c, double(count), sums[c], sums[channels + c], close[c]);
     }
@@ -91,7 +93,7 @@ void norm_forward(const NormShape& shape, const NormForward<S>& call) {
   run_planes(shape, all, parallel, [&](NormArgs<S> a, int64_t first, double* sums, S* scratch) {
     const int64_t end = first + a.channels;
     if (call.training) {
-      for (int64_t c = first; c < end; ++c) close[c] = call.x[c * shape.inner];
+      for (int64_t c = first; c < end; ++c) close[c] = usual<S>(shape.inner, [&](int64_t i) { return call.x[c * shape.inner + i]; });
       a.mean = close.data() + first;
       table<S>().planes.sums(a, sums, sums + a.channels, scratch);
       for (int64_t c = first; c < end; ++c, ++sums) finish_stats(call, c, double(count), sums[0], sums[a.channels], close[c]);

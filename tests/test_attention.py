@@ -236,3 +236,31 @@ def test_the_extension_refuses_sizes_it_cannot_take(wrong):
     sizes = {"batch": 1, "heads": 1, "queries": 1, "keys": 1, "width": 16, "value_width": 16}
     with pytest.raises(ValueError, match="at least one element, and widths that are multiples of 16"):
         _native.AttentionSizes(**(sizes | wrong), scale=1.0, causal=False)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_second_derivatives_with_a_query_that_sees_no_key(kind):
+    q, k, v = (tensor.requires_grad_() for tensor in tensors((1, 2, 8, 8, 16, 16))[:3])
+    mask = torch.rand(8, 8) < 0.5
+    mask[:, 0], mask[3] = True, False
+    if kind == "float":
+        mask = torch.zeros(8, 8).masked_fill(~mask, -torch.inf)
+    grad = torch.randn(1, 2, 8, 16)
+    plain, again = (
+        torch.autograd.grad(attention(q, k, v, attn_mask=mask), (q, k, v), grad, create_graph=create)
+        for create in (False, True)
+    )
+    for first, second in zip(plain, again, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_gradients_of_rows_that_are_far_out_as_a_whole(bias):
+    q, k, v = (tensor.requires_grad_() for tensor in tensors((1, 1, 4, 6, 16, 16))[:3])
+    mask = torch.zeros(4, 6)
+    mask[1] = bias
+    # what the bias leaves of the row's scores in float32
+    scores = (q @ k.transpose(2, 3) * 0.25 + mask).detach()
+    out = attention(q, k, v, attn_mask=mask, scale=0.25)
+    (found,) = torch.autograd.grad(out[:, :, 1].sum(), v)
+    torch.testing.assert_close(found, scores.softmax(3)[:, :, 1, :, None].expand_as(v), rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sparseprop import fuse, plan_fusion, swap_modules, to_dense, unfuse
@@ -162,3 +163,22 @@ def test_a_forward_of_its_own_is_left_alone():
     attention.forward = lambda *args: None
     assert not computes_attention(attention)
     assert not plan_fusion(attention)
+
+
+class CheckpointsInside(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.qkv, self.reentrant = nn.Linear(32, 96), reentrant
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(2, 10, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        core = functional.scaled_dot_product_attention
+        return checkpoint(core, q, k, v, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_within_a_forward_are_computed_again_alike(reentrant):
+    model, x = CheckpointsInside(reentrant), torch.randn(2, 10, 32)
+    wanted = outputs(model, x)
+    for ours, usual in zip(outputs(fuse(model), x), wanted, strict=True):
+        torch.testing.assert_close(ours, usual, rtol=1e-4, atol=1e-5)

@@ -187,3 +187,15 @@ def test_planes_that_are_no_whole_images_are_refused():
     stage = _native.Stage(True, 1e-5, 0.0, 0.1, 0, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="all channels"):
         _native.chain_forward(False, windows, 3, 0, None, 0, stage, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((2, 3, 12, 200), (1, 100)), ((1, 2, 34, 35), (16, 16)), ((1, 1, 4, 224), (1, 224))]
+)
+@pytest.mark.parametrize("isa", available_isas())
+def test_windows_far_apart(isa, size, stride):
+    case = Case(size, WindowSpec((1, min(stride[1], 100)), stride))
+    with running(isa):
+        found = case.everything(chain)
+    for one, other in zip(found, case.everything(torchs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)

@@ -221,3 +221,19 @@ def test_what_is_not_finite_reaches_all_of_its_channel(value, place, memory_form
     assert torch.equal(fused(x).isnan(), norm(x).isnan())
     assert torch.equal(fused.running_var.isnan(), norm.running_var.isnan())
     assert torch.equal(fused.running_mean.isfinite(), norm.running_mean.isfinite())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_outlier_costs_the_others_no_digits(layout):
+    x = LAYOUTS[layout](torch.randn(8, 3, 40, 40, generator=torch.Generator().manual_seed(1)))
+    x[0, :, 0, 0] = 1000.0
+    out = batch_norm(x, (None, None), None, None, NormSpec(training=True))[1:]
+    wanted = functional.batch_norm(x.double(), None, None, training=True)[1:]
+    assert float((out - wanted).abs().max()) < 2e-5
+
+
+def test_tensors_in_layouts_of_other_libraries_are_left_to_torch():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no mkldnn")
+    norm, x = BatchNorm2d(3).eval(), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(norm(x.to_mkldnn()).to_dense(), norm(x), rtol=1e-4, atol=1e-5)

@@ -9,6 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparseprop
 from sparseprop import SparsePropError
 from sparseprop.nn import SparseConv2d, SparseLinear
+from sparseprop.ops.attention import attention
+from sparseprop.ops.gelu import gelu
+from sparseprop.ops.norm import batch_norm
+from sparseprop.ops.pool import max_pool2d
+from sparseprop.ops.stage import NormSpec
+from sparseprop.ops.windows import WindowSpec
 
 
 def linear():
@@ -104,3 +110,19 @@ def test_tensors_without_strides_are_refused(form, used):
         layer(x)
     with pytest.raises(SparsePropError, match=r"take strided tensors, got"):
         layer(form(x))
+
+
+FUSED = {
+    "gelu": gelu,
+    "pool": lambda x: max_pool2d(x, WindowSpec((2, 2), (2, 2))),
+    "norm": lambda x: batch_norm(x, (None, None), None, None, NormSpec(training=True)),
+    "attention": lambda x: attention(x, x, x),
+}
+
+
+@pytest.mark.parametrize("function", FUSED.values(), ids=FUSED)
+def test_a_batch_of_gradients_is_refused_by_fused_layers_too(function):
+    x = torch.randn(2, 2, 16, 16, requires_grad=True)
+    out = function(x)
+    with pytest.raises(SparsePropError, match="fused layers cannot take a batch of gradients"):
+        torch.autograd.grad(out, x, torch.ones(2, *out.shape), is_grads_batched=True)

@@ -129,17 +129,17 @@ struct Softmax {
       }
       const float total = sum.sum();
       s.factor[r] = total == 0 ? 0 : 1 / total;
-      s.log_sum[r] = total == 0 ? kInfinity : shift + __builtin_logf(total);
+      s.shift[r] = shift;
     }
   }
 
   static void backward(const ScoreRows& s) {
     float *row = s.scores, *grad = s.grads;
     for (ptrdiff_t r = 0; r < s.rows; ++r, row += s.pitch, grad += s.pitch) {
-      const V minus = V::broadcast(-s.log_sum[r]);
+      const V minus = V::broadcast(-s.shift[r]), factor = V::broadcast(s.factor[r]);
       V sum = V::zero();
       for (ptrdiff_t i = 0; i < s.columns; i += w) {
-        const V p = exp_below_one(V::add(V::load(row + i), minus));
+        const V p = V::mul(exp_below_one(V::add(V::load(row + i), minus)), factor);
         p.store(row + i);
         sum = V::fma(p, V::load(grad + i), sum);
       }

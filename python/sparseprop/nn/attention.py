@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.compiler import is_compiling
 from torch.nn import functional
@@ -51,11 +52,21 @@ _OURS = {
 }
 
 
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 class _OurKernels(TorchFunctionMode):
+    """Not for what has hooks on saved tensors of its own, as checkpointing within the forward has: that is
+    computed again where this mode no longer is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hooks = _saved_tensors_hooks(True)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if all(kind in PLAIN_TYPES for kind in types):
+        if all(kind in PLAIN_TYPES for kind in types) and _saved_tensors_hooks(True) == self._hooks:
             func = _OURS.get(func, func)
         return func(*args, **(kwargs or {}))
 

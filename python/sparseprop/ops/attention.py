@@ -117,16 +117,17 @@ def _empty(like: Tensor, width: int) -> Tensor:
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the logarithms of its softmax's denominators."""
+    """The result, and what normalizes its softmax."""
     from sparseprop import _native as native
 
     query, key, value = _rows(query), _rows(key), _rows(value)
-    out, log_sum = _empty(query, value.shape[3]), query.new_empty(query.shape[:3])
+    out = _empty(query, value.shape[3])
+    stats = query.new_empty((*query.shape[:2], 2, query.shape[2]))
     native.attention(
         _sizes(query, key, value, causal, scale),
-        _heads(query), _heads(key), _heads(value), _mask(mask, query, key), _heads(out), log_sum.data_ptr(),
+        _heads(query), _heads(key), _heads(value), _mask(mask, query, key), _heads(out), stats.data_ptr(),
     )  # fmt: skip
-    return out, log_sum
+    return out, stats
 
 
 class _Attention(Function):
@@ -135,14 +136,14 @@ class _Attention(Function):
         ctx: Any, parts: Parts | None, mask: Any, causal: bool, scale: float, *inputs: Tensor
     ) -> Tensor:
         query, key, value = inputs if parts is None else parts.of(inputs[0])
-        out, log_sum = _forward(query, key, value, mask, causal, scale)
-        keep(ctx, mask, log_sum, *inputs)
+        out, stats = _forward(query, key, value, mask, causal, scale)
+        keep(ctx, mask, stats, *inputs)
         ctx.parts, ctx.causal, ctx.scale = parts, causal, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, log_sum, *inputs = kept(ctx)
+        mask, stats, *inputs = kept(ctx, grad)
         if torch.is_grad_enabled():
             return (*(None,) * 4, *_differentiable(grad, ctx, mask, inputs))
         from sparseprop import _native as native
@@ -158,7 +159,7 @@ class _Attention(Function):
         grad = _rows(grad)
         native.attention_backward(
             _sizes(query, key, value, ctx.causal, ctx.scale),
-            _heads(query), _heads(key), _heads(value), _mask(mask, query, key), log_sum.data_ptr(),
+            _heads(query), _heads(key), _heads(value), _mask(mask, query, key), stats.data_ptr(),
             _heads(grad), *map(_heads, grads),
         )  # fmt: skip
         return (*(None,) * 4, *results)
@@ -175,6 +176,7 @@ def _differentiable(grad: Tensor, ctx: Any, mask: Tensor | None, inputs: list[Te
             mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
-        again = scores.softmax(3) @ value
+        hidden = scores.isneginf().all(3, keepdim=True)  # queries that see no key: zeros, not NaN
+        again = scores.masked_fill(hidden, 0.0).softmax(3).masked_fill(hidden, 0.0) @ value
         found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needs]

@@ -113,7 +113,7 @@ class _Chain(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         own = is_own(holders(grad), grad)
-        x, weight1, bias1, weight, weight2, bias2, *known = kept(ctx)
+        x, weight1, bias1, weight, weight2, bias2, *known = kept(ctx, grad)
         first_spec, windows, second_spec = ctx.specs
         first = None if first_spec is None else Stage((None, None), weight1, bias1, first_spec)
         second = Stage((None, None), weight2, bias2, second_spec)

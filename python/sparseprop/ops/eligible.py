@@ -52,5 +52,11 @@ def kernels_may_read(*tensors: Tensor) -> bool:
         and not watched()
         and forward_ad._current_level < 0
         and dtype in _DTYPES
-        and all(type(tensor) in PLAIN_TYPES and tensor.dtype is dtype and tensor.is_cpu for tensor in tensors)
+        and all(
+            type(tensor) in PLAIN_TYPES
+            and tensor.dtype is dtype
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
+            for tensor in tensors
+        )
     )

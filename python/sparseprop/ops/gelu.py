@@ -40,7 +40,7 @@ class _Gelu(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = kept(ctx)
+        (x,) = kept(ctx, grad)
         if torch.is_grad_enabled():
             return cast(Tensor, torch.ops.aten.gelu_backward(grad, x))  # to be differentiated once more
         from sparseprop import _native as native

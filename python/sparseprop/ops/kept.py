@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sparseprop.errors import SparsePropError
 
-__all__ = ["keep", "kept", "refuse_changed", "require_kept"]
+__all__ = ["keep", "kept", "refuse_batch", "refuse_changed", "require_kept"]
 
+_batched = torch._C._functorch.is_legacy_batchedtensor
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -37,14 +38,27 @@ def refuse_changed(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: tor
     )
 
 
+def refuse_batch(who: str, grad: Tensor) -> None:
+    """Refuse what stands for several gradients at once and has no memory.
+
+    >>> refuse_batch("sparse layers", torch.ones(2))
+    """
+    if _batched(grad):
+        raise SparsePropError(
+            f"{who} cannot take a batch of gradients (is_grads_batched, vectorize=True); take one after the "
+            "other."
+        )
+
+
 def keep(ctx: Any, *tensors: Tensor | None) -> None:
     """`ctx.save_for_backward`, with what the tensors look like."""
     ctx.save_for_backward(*tensors)
     ctx.forms = [None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors]
 
 
-def kept(ctx: Any) -> list[Any]:
-    """`ctx.saved_tensors` as `keep` found them; copied where their strides have changed."""
+def kept(ctx: Any, grad: Tensor) -> list[Any]:
+    """`ctx.saved_tensors` as `keep` found them, for one gradient; copied where their strides have changed."""
+    refuse_batch("fused layers", grad)
     return [_as_kept(each, form) for each, form in zip(ctx.saved_tensors, ctx.forms, strict=True)]
 
 

@@ -80,7 +80,7 @@ Shape = tuple[int, int, int]
 
 def _shape(x: Tensor) -> Shape | None:
     """`x` as (outer, channels, inner) with contiguous inner, None if its layout is another one."""
-    if x.dim() < 2 or not x.numel():
+    if x.dim() < 2 or not x.numel() or x.layout is not torch.strided:
         return None
     batch, channels = x.shape[:2]
     inner = x[0, 0].numel()
@@ -153,7 +153,7 @@ class _BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         own = is_own(holders(grad), grad)
-        x, weight, bias, known, signs, taps = kept(ctx)
+        x, weight, bias, known, signs, taps = kept(ctx, grad)
         if torch.is_grad_enabled():
             running = (None, None) if ctx.spec.training else (known[0], known[1] ** -2 - ctx.spec.eps)
             return (*_differentiable(grad, ctx, (x, weight, bias), running, signs), None, None, None)

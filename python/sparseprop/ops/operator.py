@@ -15,7 +15,7 @@ from sparseprop.errors import SparsePropError
 from sparseprop.geometry import Geometry
 from sparseprop.ops.call import Call, new_call
 from sparseprop.ops.finish import Finish
-from sparseprop.ops.kept import refuse_changed
+from sparseprop.ops.kept import refuse_batch, refuse_changed
 from sparseprop.ops.layout import PLAIN, Five, five_strides, plain, sum_channels
 from sparseprop.ops.lower import lower
 
@@ -23,7 +23,6 @@ __all__ = ["Operator", "operator_for"]
 
 _MOST_CALLS = 256  # remembered per operator; more shapes than that do not repeat
 _ABSENT = (0, 0, 0, 0, 0)
-_batched = torch._C._functorch.is_legacy_batchedtensor
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -137,11 +136,7 @@ class Operator:
         input's shape and dtype, becomes part of the input gradient, which may `overwrite` it.
         """
         self.require_unchanged()
-        if _batched(grad):
-            raise SparsePropError(
-                "sparse layers cannot take a batch of gradients (is_grads_batched, vectorize=True); take one "
-                "after the other."
-            )
+        refuse_batch("sparse layers", grad)
         grad_values = grad_bias = None
         reuse = added if overwrite and not call.trivial else None
         grad_x = self._input_gradient(call, grad, reuse) if needs[0] else None

@@ -53,7 +53,7 @@ class _MaxPool(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (taps,) = kept(ctx)
+        (taps,) = kept(ctx, grad)
         if torch.is_grad_enabled():
             return _differentiable(grad, taps, ctx.size, ctx.spec), None
         from sparseprop import _native as native
