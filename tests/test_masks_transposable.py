@@ -197,3 +197,10 @@ def test_complementary_scores_give_complementary_masses():
     pruned = kept(scores, ~solve(scores, 6))
     kept_of_flipped = 16 * scores.amax() - kept(flipped, solve(flipped, 2))
     torch.testing.assert_close(pruned, kept_of_flipped)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 2e37), (torch.float64, 1e307)])
+def test_tsenor_of_scores_near_the_largest_number_is_that_of_small_ones(dtype, size):
+    scores = tiles("gaussian", 20, 8).to(dtype)
+    scores /= scores.max()
+    assert torch.equal(solve(scores * size, 4, method="tsenor"), solve(scores, 4, method="tsenor"))

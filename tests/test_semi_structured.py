@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import sparseprop
 from semi_structured_cases import CHOICES, REFUSED_SWAPS, Recorder
@@ -262,3 +263,30 @@ def test_on_a_gpu_it_equals_the_masked_dense_layer(pattern, dtype):
     torch.testing.assert_close(*outs, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=2e-2, atol=1e-4)
     torch.testing.assert_close(layer.weight.grad, dense.weight.grad * layer.mask, rtol=2e-2, atol=1e-3)
+
+
+def test_pruned_layers_give_their_parameter_and_not_what_the_last_forward_made_of_it(recorder):
+    first, second = (prune.l1_unstructured(half(), "weight", 0.5) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    kept = first.weight_orig * first.weight_mask
+    assert not torch.equal(second.weight, kept)
+    layer = SemiStructuredLinear.from_dense(second)
+    assert torch.equal(layer.weight, kept * layer.mask)
+
+
+def test_a_mask_of_another_pattern_is_refused_when_it_is_loaded(recorder):
+    rowwise, both = (SemiStructuredLinear.from_dense(half(), pattern=pattern) for pattern in ("2:4", "2:4T"))
+    before = both.mask.clone()
+    with pytest.raises(RuntimeError, match="mask must be a bool tensor of the pattern 2:4T"):
+        both.load_state_dict(rowwise.state_dict())
+    assert torch.equal(both.mask, before)
+    rowwise.load_state_dict(both.state_dict())
+    assert torch.equal(rowwise.mask, before)
+
+
+def test_a_layer_made_directly_keeps_nothing_until_it_loads(recorder):
+    layer, other = SemiStructuredLinear(64, 32, dtype=torch.bfloat16), SemiStructuredLinear.from_dense(half())
+    assert layer.density == 0
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), other(x))

@@ -1,5 +1,6 @@
 """2:4 sparse Linear layers on CUDA devices, over torch's own semi-structured sparse tensors."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from sparseprop import semi_structured_backend
 from sparseprop.errors import SparsePropError
 from sparseprop.masks import NMPattern, check_nm, pattern_mask
+from sparseprop.nn.convert import finished_weight
 from sparseprop.semi_structured_backend import Backend, shape_misfit
 
 __all__ = ["DTYPES", "SemiStructuredLinear", "best_mask"]
@@ -38,7 +40,8 @@ class SemiStructuredLinear(nn.Module):
     ``weight`` is the dense Parameter, zero outside the bool buffer ``mask``. A compressed copy is made for
     each pass that can train it, and kept between others until it changes; not seen are writes to
     ``weight.data`` between two passes without gradients. With a transposable mask ("2:4T") the gradient of
-    the input is a 2:4 product too; otherwise it is dense, as is that of the weight always.
+    the input is a 2:4 product too; otherwise it is dense, as is that of the weight always. A layer made
+    without a dense one keeps nothing until a state dict is loaded.
 
     >>> layer = SemiStructuredLinear.from_dense(nn.Linear(64, 32).bfloat16())
     >>> layer.density, check_nm(layer.mask, 2, 4)
@@ -64,7 +67,7 @@ class SemiStructuredLinear(nn.Module):
             raise SparsePropError(f"CUDA devices multiply by 2:4 only, got {pattern}; use '2:4' or '2:4T'.")
         self.weight = nn.Parameter(torch.zeros(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
+        self.register_buffer("mask", torch.zeros_like(self.weight, dtype=torch.bool))
         self._backend: Backend | None = None
         self._compressed: dict[str, tuple[object, Tensor]] = {}
 
@@ -83,7 +86,7 @@ class SemiStructuredLinear(nn.Module):
         """
         if not isinstance(module, nn.Linear):
             raise SparsePropError(f"2:4 on CUDA wants a Linear layer, got {type(module).__name__}.")
-        weight, bias = module.weight.detach(), module.bias
+        weight, bias = finished_weight(module), module.bias
         backend = backend or semi_structured_backend.torch_backend()
         layer = cls(
             module.in_features,
@@ -115,8 +118,9 @@ class SemiStructuredLinear(nn.Module):
         layer.weight.requires_grad_(original.requires_grad)
         return layer.train(module.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's output, in the weight's dtype."""
+        x = input
         if x.shape[-1] != self.in_features:
             raise SparsePropError(
                 f"SemiStructuredLinear expects (..., {self.in_features}) inputs, got {tuple(x.shape)}."
@@ -171,6 +175,20 @@ class SemiStructuredLinear(nn.Module):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return dense.train(self.training)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        mask = state_dict.get(prefix + "mask")
+        if isinstance(mask, Tensor) and mask.shape == self.mask.shape and not self._fits(mask):
+            wrong = f"{prefix}mask must be a bool tensor of the pattern {self.pattern}; this one is not."
+            (kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]).append(wrong)
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _fits(self, mask: Tensor) -> bool:
+        bits = mask.cpu()
+        return bits.dtype is torch.bool and check_nm(bits, 2, 4, transposable=self.pattern.transposable)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_compressed": {}, "_backend": None}  # made again by whoever needs it

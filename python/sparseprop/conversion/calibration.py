@@ -70,7 +70,7 @@ class Calibration:
     def run(self, model: nn.Module, batch: Any) -> None:
         """The model on one batch, without gradients."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _plain_attention():
                 self.forward(model, batch)
         except SparsePropError:
             raise
@@ -79,6 +79,17 @@ class Calibration:
                 f"the model fails on a calibration batch: {type(error).__name__}: {error} "
                 "Pass batches that the model accepts, or forward_fn."
             ) from error
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Torch's fast path for encoders skips layers or hands them nested tensors."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Enough(BaseException):  # passes through whatever the model itself catches
@@ -95,15 +106,26 @@ def not_finite(what: str, batch: int) -> SparsePropError:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode, each module's own flag restored afterwards."""
+    """Models in eval mode, each module's own flag restored afterwards.
+
+    Raises SparsePropError where that mode writes into weights: what is learnt then is not about them.
+    """
     flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
+    weights = [tensor for model in models for tensor in model.parameters() if not tensor.is_inference()]
+    versions = [tensor._version for tensor in weights]
     try:
+        for model in models:
+            model.eval()
+        if [tensor._version for tensor in weights] != versions:
+            raise SparsePropError(
+                "the model's eval() writes into its weights, as merging adapters does; call model.eval() "
+                "first, and convert what it is then."
+            )
         yield
     finally:
         for module, flag in flags:
-            module.training = flag
+            if module.training != flag:
+                module.train(flag)  # by its own method, which may do more than set the flag
 
 
 def reached(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration) -> dict[str, int]:

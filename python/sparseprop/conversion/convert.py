@@ -19,7 +19,7 @@ from sparseprop.errors import SparsePropError
 from sparseprop.masks import NMPattern
 from sparseprop.masks._layout import Tail
 from sparseprop.nn import MaskedLayer, SparseLayer
-from sparseprop.swap.decide import FilterFn, check_model, survey
+from sparseprop.swap.decide import Candidate, FilterFn, check_model, shared_memory, survey
 from sparseprop.swap.kinds import SPARSE_CLASS, is_pruned
 from sparseprop.swap.replace import replace_layers, to_dense
 
@@ -59,9 +59,9 @@ def convert(
             the output.
         reconstruct: False masks only; a `Reconstruction` sets ridge, iterations and sampling.
         sequential: fit each layer on what the layers before it, converted already, hand it, to the outputs of
-            the original network: better, and one layer's moments in memory at a time, two (K, K) matrices in
-            float64 for K inputs per output. False fits all layers on the original network's inputs in one
-            pass over the data, with all their matrices in memory.
+            the original network: better, and one layer's moments in memory at a time: two (K, K) matrices in
+            float64 for K inputs per output while it reads, about nine while it solves. False fits all layers
+            on the original network's inputs in one pass over the data, with all their matrices in memory.
         bn_batches: the most batches for batch norm, 0 leaves it alone. None takes all, but none after a
             sequential fit: that keeps the means right, explains a part of each output's variance, and does
             worse when the rest is scaled up to the full variance again (bench/convert_demo.py).
@@ -77,7 +77,8 @@ def convert(
 
     Raises:
         SparsePropError: no layer can have the pattern, bad options or batches, or the model fails on a batch.
-            `model` is unchanged then.
+            `model` is unchanged then. Also if ``model.eval()`` writes into weights, as merging adapters does:
+            call it yourself first.
 
     >>> import sparseprop
     >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -92,7 +93,7 @@ def convert(
     _check(score, fit, calibration, bn_batches)
     data = None if calibration is None else Calibration.of(calibration, forward_fn)
     work = to_dense(model, inplace=False)
-    job = Job(model, work, survey(work, filter_fn), converter, data, sequential, progress)
+    job = Job(model, work, _candidates(model, work, filter_fn), converter, data, sequential, progress)
     with evaluating(model, work):
         layers, masks = job.run()
     if not masks:
@@ -103,6 +104,22 @@ def convert(
     patterns = {layer.name: layer.pattern for layer in layers if layer.pattern is not None}
     result = _bring_home(model, work, masks, patterns, inplace=inplace)
     return ConversionReport(converter.rule.text, score, layers, used, masks, result)
+
+
+def _candidates(model: nn.Module, work: nn.Module, filter_fn: FilterFn | None) -> list[Candidate]:
+    """The layers of the copy; the filter and what shares memory are asked of the original."""
+    own, shared = dict(model.named_modules()), shared_memory(model)
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return filter_fn is None or filter_fn(own.get(name, module), name)
+
+    found = []
+    for candidate in survey(work, chosen):
+        other = shared.get(id(own.get(candidate.name)))
+        if candidate.reason is None and other is not None:
+            candidate = replace(candidate, sparsity=None, reason=f"weights shared with {other!r}")
+        found.append(candidate)
+    return found
 
 
 def _reconstruction(value: bool | Reconstruction) -> Reconstruction | None:
@@ -146,8 +163,10 @@ def _bring_home(
     sparse = {name: modules[name] for name in masks if isinstance(modules[name], SparseLayer)}
 
     def remake(_: nn.Module, name: str) -> nn.Module:
-        layer = done[name]
-        return SPARSE_CLASS[type(layer)].from_dense(layer, mask=masks[name])
+        layer, packed = done[name], getattr(modules[name], "nm", None) is not None
+        crowded = masks[name].shape[1] % NMPattern.parse(patterns[name]).m > 0
+        pattern = patterns[name].removesuffix("T") if packed and not crowded else None
+        return SPARSE_CLASS[type(layer)].from_dense(layer, mask=masks[name], pattern=pattern)
 
     result = replace_layers(model, sparse, remake, inplace=inplace)
     for name, module in result.named_modules():

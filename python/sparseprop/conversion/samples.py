@@ -65,9 +65,7 @@ class Sampler:
         ):
             x = x.unfold(axis + 2, dilation * (kernel - 1) + 1, stride)
         for axis, dilation in enumerate(geometry.dilation):
-            if dilation > 1:
-                index = torch.arange(0, x.shape[2 + dims + axis], dilation, device=x.device)
-                x = x.index_select(2 + dims + axis, index)
+            x = x[(slice(None),) * (2 + dims + axis) + (slice(None, None, dilation),)]
         out = range(2, 2 + dims)
         return x.permute(0, *out, 1, *range(2 + dims, 2 + 2 * dims))
 

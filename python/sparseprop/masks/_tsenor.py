@@ -23,7 +23,7 @@ def _transport(tiles: Tensor, n: int, sharpness: float, steps: int) -> Tensor:
     """Log of the fractional plan: Dykstra's projections on rows, columns and the unit box in turn."""
     log_n = math.log(n)
     largest = tiles.amax((1, 2), keepdim=True)
-    plan = sharpness * tiles / torch.where(largest > 0, largest, 1.0)
+    plan = sharpness * (tiles / torch.where(largest > 0, largest, 1.0))
     dual = torch.zeros_like(plan)
     for _ in range(steps):
         plan = plan - plan.logsumexp(2, keepdim=True) + log_n

@@ -81,14 +81,14 @@ class SparseLayer(DenseTwin):
             if self.bias is not None:
                 self.bias.uniform_(-1, 1, generator=generator).mul_(bound * (fan_in > 0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's output for an input of the shape its dense twin takes."""
         values, bias, head, index = self._operands()
         if watched() or not index.is_cpu or type(index) is not Tensor:
-            return apply(x, values, bias, head, index, self._geometry, None)
+            return apply(input, values, bias, head, index, self._geometry, None)
         operator = self._operator_for(head, index)
-        out = None if self._pads_first else apply_again(operator, x, values, bias)
-        return apply(x, values, bias, head, index, self._geometry, operator) if out is None else out
+        out = None if self._pads_first else apply_again(operator, input, values, bias)
+        return apply(input, values, bias, head, index, self._geometry, operator) if out is None else out
 
     def shared(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """`ops.apply_shared` of the input; None if that needs more than one step."""

@@ -14,7 +14,7 @@ from sparseprop.nn.storage import Pattern
 from sparseprop.packed import PACKED_SIZES, PackedNM
 from sparseprop.pattern import SparsityPattern
 
-__all__ = ["dense_source", "finished_mask", "pattern_of"]
+__all__ = ["dense_source", "finished_mask", "finished_weight", "pattern_of"]
 
 
 def dense_source(module: nn.Module, expected: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -27,8 +27,7 @@ def dense_source(module: nn.Module, expected: type[nn.Module]) -> tuple[Tensor, 
     if type(module) is not expected:
         raise SparsePropError(f"expected a plain torch.nn.{expected.__name__}, got {type(module).__name__}.")
     _refuse_hooks(module)
-    prune_mask = getattr(module, "weight_mask", None)
-    weight = module.weight if prune_mask is None else module.weight_orig
+    weight = getattr(module, "weight_orig", module.weight)
     assert isinstance(weight, Tensor)
     if weight.device.type != "cpu":
         raise SparsePropError(f"the weight must be on the CPU, got {weight.device}; use `.to('cpu')` first.")
@@ -36,6 +35,25 @@ def dense_source(module: nn.Module, expected: type[nn.Module]) -> tuple[Tensor, 
         raise SparsePropError(
             f"the weight must be float32 or float64, got {weight.dtype}; use `.float()` first."
         )
+    return _pruned(module)
+
+
+def finished_weight(module: nn.Module) -> Tensor:
+    """A layer's weight as it is now, zero where `torch.nn.utils.prune` pruned it.
+
+    Of a pruned layer, ``module.weight`` is what the last forward pass made of the parameter.
+
+    >>> finished_weight(nn.Linear(3, 2)).shape
+    torch.Size([2, 3])
+    """
+    weight, keep = _pruned(module)
+    return weight if keep is None else torch.where(keep, weight, 0.0)
+
+
+def _pruned(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    prune_mask = getattr(module, "weight_mask", None)
+    weight = module.weight if prune_mask is None else module.weight_orig
+    assert isinstance(weight, Tensor)
     if prune_mask is None:
         return weight.detach(), None
     keep = prune_mask != 0

@@ -19,8 +19,9 @@ class MaskRule:
 
     Attributes:
         pattern: ``"2:4"``, ``"4:8T"`` (transposable) and so on.
-        every: weight updates between two masks; 0 keeps the first mask, and then pruned weights are zero and
-            get no gradient. None: 1 for row-wise patterns, 40 for transposable ones.
+        every: weight updates between two masks, those between two forward passes as one; 0 keeps the first
+            mask, and then pruned weights are zero and get no gradient. None: 1 for row-wise patterns, 40 for
+            transposable ones.
         decay: of weights that are pruned at the moment, SR-STE's lambda; 0 is the plain straight-through
             estimator.
         decoupled: leave the decay to `sparseprop.decouple_decay` instead of adding it to the gradient.

@@ -38,9 +38,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, bias, **kwargs)
         self._start(rule)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return F.linear(x, self.masked_weight(), self.bias)
+        return F.linear(input, self.masked_weight(), self.bias)
 
 
 class _MaskedConv(MaskedLayer):
@@ -48,9 +48,9 @@ class _MaskedConv(MaskedLayer):
         super().__init__(*args, **kwargs)
         self._start(rule)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the dense layer."""
-        result: Tensor = self._conv_forward(x, self.masked_weight(), self.bias)  # type: ignore[operator]
+        result: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)  # type: ignore[operator]
         return result
 
 

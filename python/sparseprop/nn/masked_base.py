@@ -21,7 +21,11 @@ from sparseprop.nn.mask_rule import MaskRule
 from sparseprop.nn.straight_through import masked, straight_through
 from sparseprop.nn.watch import WeightWatch
 
-__all__ = ["MaskedLayer"]
+__all__ = ["MaskedLayer", "no_fast_path"]
+
+
+def no_fast_path(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that does nothing: torch's encoder layers read ``weight`` past `forward` unless there is one."""
 
 
 class MaskedLayer(nn.Module):
@@ -45,6 +49,7 @@ class MaskedLayer(nn.Module):
         self.mask_age = 0  # weight updates since the mask was made
         self._watch = WeightWatch()
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
+        self.register_forward_pre_hook(no_fast_path)
 
     @classmethod
     def from_dense(
@@ -178,6 +183,8 @@ class MaskedLayer(nn.Module):
         self._watch.remember(self.weight)
         if dense:
             self.refresh()
+        elif self.static:
+            self.set_mask(self.mask)
 
     @staticmethod
     def _misfit(mask: Any, age: Any) -> str | None:
@@ -191,6 +198,10 @@ class MaskedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         age = self.mask_age + self._pending()
         return self.__dict__ | {"_watch": WeightWatch(), "mask_age": age}  # versions mean nothing to a copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._watch.remember(self.weight)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

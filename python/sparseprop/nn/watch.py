@@ -11,7 +11,7 @@ __all__ = ["WeightWatch"]
 class WeightWatch:
     """Remembers a weight. Its version tells of updates, but not of those written to ``weight.data``.
 
-    So the sizes of its rows are remembered too; not if the version tells already, as in a plain loop.
+    So the sizes of its rows are remembered too.
 
     >>> watch, weight = WeightWatch(), torch.ones(2, 3)
     >>> watch.changed(weight)
@@ -33,8 +33,7 @@ class WeightWatch:
 
     def remember(self, weight: Tensor) -> None:
         """Take the weight as it is for known."""
-        told = self._version is not None and self._version != weight._version
-        self._version, self._sizes = weight._version, None if told else _sizes_of(weight)
+        self._version, self._sizes = weight._version, _sizes_of(weight)
 
 
 def _sizes_of(weight: Tensor) -> list[float] | None:

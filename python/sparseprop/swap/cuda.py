@@ -8,6 +8,7 @@ from torch import nn
 from sparseprop import semi_structured_backend
 from sparseprop.errors import SparsePropError
 from sparseprop.masks import NMPattern, retained_magnitude
+from sparseprop.nn.convert import finished_weight
 from sparseprop.semi_structured import DTYPES, SemiStructuredLinear, best_mask
 from sparseprop.semi_structured_backend import shape_misfit
 from sparseprop.swap.decide import Candidate, FilterFn, Target, survey
@@ -81,6 +82,6 @@ class _Decision:
             return "dense", misfit
         if self.min_sparsity is not None and candidate.sparsity < self.min_sparsity:
             return "dense", f"sparsity is below min_sparsity {self.min_sparsity:g}"
-        weight = torch.as_tensor(candidate.module.weight).detach()
+        weight = finished_weight(candidate.module)
         kept = retained_magnitude(weight.abs(), best_mask(weight, self.pattern))
         return "sparse", f"{self.pattern} on CUDA keeps {100 * kept:.1f} % of |w|"

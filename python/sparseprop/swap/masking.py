@@ -141,7 +141,7 @@ def decouple_decay(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
 
 def _shrink(layer: MaskedLayer, by: float) -> None:
     with torch.no_grad():
-        layer.weight.mul_(torch.where(layer.mask, 1.0, 1.0 - by).to(layer.weight.dtype))
+        layer.weight.mul_(1.0 - by * (~layer.mask).to(layer.weight.dtype))
 
 
 def _reason(candidate: Candidate, pattern: NMPattern) -> str | None:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from sparseprop.errors import SparsePropError
 from sparseprop.nn import MaskedLayer, SparseLayer
+from sparseprop.nn.masked_base import no_fast_path
 from sparseprop.semi_structured import SemiStructuredLinear
 from sparseprop.swap.cuda import CUDA, is_cuda, make_semi_structured, parse_cuda_pattern
 from sparseprop.swap.decide import Candidate, FilterFn, Target, check_model, shared_memory, survey
@@ -220,6 +221,9 @@ def _carry_attributes(old: nn.Module, new: nn.Module) -> None:
     if isinstance(old, SWAPPED):
         for key in _RUN_HOOKS:
             setattr(new, key, getattr(old, key))
+        if isinstance(old, MaskedLayer):
+            hooks = old._forward_pre_hooks.items()
+            new._forward_pre_hooks = OrderedDict(item for item in hooks if item[1] is not no_fast_path)
         tags = vars(old).get(_CARRIED, ())
     else:
         sizes = {} if isinstance(old, nn.Linear) else {"kernel_size": 1}
