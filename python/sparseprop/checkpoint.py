@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _HEADER = "sparseprop"
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,21 @@ def save_checkpoint(
             continue
         first_name[view] = name
         tensors[name] = _own_memory(tensor)
-    header = json.dumps({"format": 1, "shared": shared, "order": list(state)})
+    header = json.dumps({"format": _FORMAT, "shared": shared, "order": list(state)})
     with atomic_write(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata={**(metadata or {}), _HEADER: header}))
+        temporary.write_bytes(_serialized(tensors, {**(metadata or {}), _HEADER: header}))
+
+
+def _serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    try:
+        return safetensors.torch.save(tensors, metadata=metadata)
+    except KeyError as error:  # a type that the format does not know
+        odd = next((name for name, tensor in tensors.items() if tensor.dtype == error.args[0]), None)
+        if odd is None:
+            raise
+        raise SparsePropError(
+            f"A checkpoint cannot hold type {error.args[0]}, got it for {odd!r}; convert it."
+        ) from error
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -93,7 +107,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
         header = json.loads(metadata.pop(_HEADER, "{}"))
+        if header.get("format", _FORMAT) != _FORMAT:
+            raise SparsePropError(
+                f"Checkpoint {os.fspath(path)!r} has format {header['format']}, this version reads "
+                f"{_FORMAT}; use the version of sparseprop that wrote it."
+            )
         stored |= {alias: stored[name] for alias, name in header.get("shared", {}).items()}
+        stored |= _tied(stored, metadata)
         state = {name: stored[name] for name in header.get("order", stored)}
     except FileNotFoundError:
         raise SparsePropError(f"There is no checkpoint {os.fspath(path)!r}; check the path.") from None
@@ -104,6 +124,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ) from error
     check_patterns(state)
     return Checkpoint(state, metadata)
+
+
+def _tied(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Names that `safetensors.torch.save_model` left out, of tensors that it kept under another name."""
+    return {alias: stored[name] for alias, name in metadata.items() if alias not in stored and name in stored}
 
 
 def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -137,6 +162,8 @@ def check_tensor(name: object, tensor: object) -> None:
     """Raise `SparsePropError` unless this entry of a state dict is one that a file can hold."""
     if not isinstance(name, str):
         raise SparsePropError(f"A checkpoint holds tensors by name, got {name!r} for a name; use text.")
+    if name == "__metadata__" or not _is_text(name):
+        raise SparsePropError(f"A checkpoint cannot hold a tensor named {name!r}; rename it.")
     if not isinstance(tensor, torch.Tensor):
         raise SparsePropError(f"A checkpoint holds tensors, got a {type(tensor).__name__} for {name!r}.")
     if tensor.layout is not torch.strided:
@@ -152,10 +179,18 @@ def check_tensor(name: object, tensor: object) -> None:
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:
     for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
+        if not (isinstance(key, str) and isinstance(value, str) and _is_text(key + value)):
             raise SparsePropError(f"metadata must be text by name, got {value!r} for {key!r}; use str().")
         if key == _HEADER:
             raise SparsePropError(f"metadata cannot be named {key!r}: the file keeps its own notes there.")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+    return True
 
 
 @contextmanager
@@ -178,6 +213,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))  # whom it is hidden from
         _flush(temporary)
         temporary.replace(target)
         _flush(target.parent)

@@ -50,7 +50,7 @@ def param_groups(
     if no_decay is None:
         named = getattr(model, "no_weight_decay", None)
         no_decay = named() if callable(named) else ()
-    patterns = tuple(no_decay)
+    patterns = (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
     sparse = {key: f"{name}.weight".lstrip(".") for key, (name, _) in _sparse_values(model).items()}
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []

@@ -1,7 +1,7 @@
 """``sparseprop convert``: a trained checkpoint to N:M, fitted to what its layers computed before."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -48,7 +48,7 @@ def convert(
     check_at_least(1, batches=batches, batch_size=batch_size, image_size=image_size)
     check_out(out, plot)
     tensors, note = read_checkpoint(checkpoint)
-    spec, images = _setting(tensors, note.get("spec", {}), checkpoint, data, arch, image_size)
+    spec, images = _setting(tensors, note, checkpoint, data, arch, image_size)
     model, _ = load_model(spec, tensors, where=checkpoint)
     order = batch_order(len(images.train.labels), batch_size, seed=seed, epoch=0)[:batches]
     before = _accuracy(model, images, spec)
@@ -74,18 +74,20 @@ def convert(
 
 def _setting(
     tensors: dict[str, Tensor],
-    known: dict[str, object],
+    note: dict[str, Any],
     checkpoint: str,
     data: str,
     arch: str | None,
     image_size: int | None,
 ) -> tuple[ModelSpec, ImageData]:
+    known = note.get("spec", {})
     name = arch or str(known.get("arch") or "")
     if not name:
         raise SparsePropError(f"{checkpoint} does not say which architecture it holds; pass it with --arch")
     channels = int(str(known.get("channels") or own_channels(name, tensors)))
     size = image_size or int(str(known.get("image_size") or default_image_size(name)))
-    images = load_data(data, image_size=size, channels=channels)
+    split = int(note.get("seed", note.get("config", {}).get("seed", 0)))  # what was held out stays so
+    images = load_data(data, image_size=size, channels=channels, seed=split)
     classes = int(str(known.get("num_classes") or len(images.classes)))
     return with_own_classes(ModelSpec(name, classes, channels, size), tensors), images
 

@@ -17,9 +17,10 @@ __all__ = ["ImageData", "Split", "augment", "batch_order", "in_order", "load_dat
 def load_data(source: str, *, image_size: int, channels: int, seed: int = 0) -> ImageData:
     """Load ``"digits"`` or ``"mnist5k"``, which are built in, or a folder with one folder of images a class.
 
-    A folder may also hold ``train`` and ``val`` (or ``test``) folders of that form; otherwise a fifth of each
-    class is held out, so that each needs two images or more. Splits are stratified and depend on ``seed``
-    only. Pictures are turned as their EXIF orientation says, and grey of 16 bits keeps its whole range.
+    A folder may also hold ``train`` and ``val`` (or ``valid``, ``validation``, ``test``) folders of that
+    form; otherwise a fifth of each class is held out, so that each needs two images or more. Splits are
+    stratified and depend on ``seed`` only. Pictures are turned as their EXIF orientation says, and grey of 16
+    bits or of floats in 0..1 keeps its whole range.
     Raises `SparsePropError` when the folder is missing, unreadable, or has no two classes with images, and
     when a class that must be split has a single one.
 

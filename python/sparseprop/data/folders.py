@@ -65,13 +65,20 @@ def _upright(picture: "Image.Image") -> "Image.Image":
 
 
 def _in_eight_bits(picture: "Image.Image") -> "Image.Image":
-    """Grey of 16 bits scaled to 8, where Pillow's own conversion cuts it off at 255."""
+    """Grey of 16 bits, or of floats in 0..1, scaled to 8, where Pillow's own conversion cuts it off."""
     from PIL import Image
 
-    if not picture.mode.startswith("I"):
+    if picture.mode != "F" and not picture.mode.startswith("I"):
         return picture
-    grey = np.asarray(picture).astype(np.float32) * (255 / 65535)
+    grey = np.nan_to_num(np.asarray(picture).astype(np.float32))
+    if picture.mode == "F":
+        grey *= 255 if grey.max(initial=0.0) <= 1 else 1
+    else:
+        grey *= 255 / 65535
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+
+
+_HELD_OUT = ("val", "valid", "validation", "test")
 
 
 def folder_data(root: Path, *, image_size: int, channels: int, seed: int) -> ImageData:
@@ -83,15 +90,21 @@ def folder_data(root: Path, *, image_size: int, channels: int, seed: int) -> Ima
         )
     if importlib.util.find_spec("PIL") is None:
         raise SparsePropError("image folders need Pillow, which is not installed; run `pip install pillow`")
-    parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    held_out = parts.get("val", parts.get("test"))
-    if "train" in parts and held_out is not None:
-        classes, paths, labels = _listing(parts["train"], wanted)
+    parts = [root / name for name in _HELD_OUT if (root / name).is_dir()]
+    train_part, held_out = root / "train", parts[0] if parts else None
+    nested = train_part.is_dir() and any(entry.is_dir() for entry in train_part.iterdir())
+    if nested and held_out is None:
+        raise SparsePropError(
+            f"{root} holds a train folder with subfolders and none of {', '.join(_HELD_OUT)}; rename its "
+            f"other split to one of these, or pass {train_part} to hold a fifth of it out"
+        )
+    if train_part.is_dir() and held_out is not None:
+        classes, paths, labels = _listing(train_part, wanted)
         test_classes, test_paths, test_labels = _listing(held_out, wanted)
         if test_classes != classes:
             odd = sorted(set(classes) ^ set(test_classes))
             raise SparsePropError(
-                f"the classes of {parts['train']} and {held_out} differ ({', '.join(odd)}); "
+                f"the classes of {train_part} and {held_out} differ ({', '.join(odd)}); "
                 "expected the same subfolders in both; rename or remove the odd ones"
             )
         splits = (paths, labels), (test_paths, test_labels)

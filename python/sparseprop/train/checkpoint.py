@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprop.checkpoint import atomic_write, load_checkpoint, save_checkpoint
+from sparseprop.checkpoint import atomic_write, check_tensor, load_checkpoint, save_checkpoint
 from sparseprop.errors import SparsePropError
 
 __all__ = [
@@ -65,6 +65,8 @@ def make_folder(path: Path) -> None:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
     """Write tensors and a note (anything JSON can hold) as one safetensors file, whole or not at all."""
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
     meta = json.dumps({**note, _CHECKSUM: _checksum(tensors)})
     save_checkpoint(tensors, path, metadata={_NOTE: meta})
 
@@ -115,7 +117,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(
-            tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, value
-        )
+        plain = tensors[name].detach().resolve_conj().resolve_neg().contiguous()
+        value = zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy().data, value)
     return value

@@ -89,7 +89,8 @@ def write_report(
         parameter_bytes_sparse=parameter_bytes(sparse),
         plan=plan,
     )
-    save_tensors(folder / "model.safetensors", sparse.state_dict(), {"spec": dataclasses.asdict(spec)})
+    note = {"spec": dataclasses.asdict(spec), "seed": config.seed}  # the seed says which images were held out
+    save_tensors(folder / "model.safetensors", sparse.state_dict(), note)
     if config.plots:
         from sparseprop.train.plots import write_plots
 
