@@ -72,6 +72,8 @@ void choose_panel(Schedule& s, const Grid& grid, int64_t rows, int64_t lanes) {
   s.panel_size = rows * s.chunk;
 }
 
+// Tried on a Zen 4: parts of 8 to 32 KiB, whose output tile stays in L1 beside a block of 8 to 28: 0 to 3 % slower at 32, up to
+// 60 below, as runs of rows of equal count become short.
 void choose_parts(Schedule& s, int64_t rows, int64_t fit) {
   s.stream.part_rows = std::clamp<int64_t>(fit, 64, 1024);
   s.stream.min_parts = std::clamp<int64_t>((kPieces + s.chunks - 1) / std::max<int64_t>(1, s.chunks), 1, std::max<int64_t>(1, rows / 32));
