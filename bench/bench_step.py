@@ -230,11 +230,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time adds up the threads' time: use it with --threads 1")
+    names = options.models.split(",")
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        parser.error(f"--models got {', '.join(unknown)}, wanted some of {', '.join(MODELS)}")
     torch.set_num_threads(options.threads)
     kept = not options.return_memory and sparseprop.keep_freed_memory()
     options.out.mkdir(exist_ok=True, parents=True)
     rows = []
-    for name in options.models.split(","):
+    for name in names:
         for sparsity in MODELS[name].wanted:
             rows.append(bench(name, MODELS[name], sparsity, options))
             about = {"isa": sparseprop.active_isa(), "threads": options.threads, "torch": torch.__version__}
