@@ -62,6 +62,20 @@ def test_a_static_layer_zeroes_what_it_prunes_when_it_loads():
     assert torch.equal(layer.weight != 0, layer.mask)
 
 
+def test_a_static_layer_without_values_loads_by_assignment_and_takes_a_dense_checkpoint():
+    rule = MaskRule("2:4", every=0)
+    layer = MaskedLinear.from_dense(nn.Linear(8, 4), pattern=rule)
+    empty = MaskedLinear(8, 4, rule=rule, device="meta")
+    with pytest.warns(UserWarning, match="no-op"):
+        empty.load_state_dict(layer.state_dict())
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty.weight, layer.weight)
+    dense = nn.Linear(8, 4)
+    layer.load_state_dict(dense.state_dict())
+    assert torch.equal(layer.mask, nm_mask(dense.weight.detach().abs(), 2, 4))
+    assert torch.equal(layer.weight, dense.weight * layer.mask)
+
+
 def test_decoupled_decay_of_float64_is_float64():
     rule = MaskRule("2:4", decay=1e-4, decoupled=True)
     model = sparseprop.mask_modules(nn.Sequential(nn.Linear(8, 8).double()), rule)

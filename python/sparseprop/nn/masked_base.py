@@ -180,11 +180,12 @@ class MaskedLayer(nn.Module):
         own.setdefault(prefix + "mask", self.mask)  # a dense checkpoint: the mask follows from the weight
         super()._load_from_state_dict(own, prefix, *args, **kwargs)
         self.mask_age = 0 if age is None else int(age)
+        if self.static and not dense:
+            with torch.no_grad():
+                self.weight.mul_(self.mask)
         self._watch.remember(self.weight)
         if dense:
             self.refresh()
-        elif self.static:
-            self.set_mask(self.mask)
 
     @staticmethod
     def _misfit(mask: Any, age: Any) -> str | None:
